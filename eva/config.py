@@ -1,0 +1,348 @@
+"""The configuration of one run: a frozen dataclass, made from layers of settings, every problem told at once."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line (or one a problem) that names the thing, its value and what would be right.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Returns one line saying that `name` is no known `kind`, with the nearest known name and all of them."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"unknown {kind} {name!r}{hint}; known: {', '.join(names)}"
+
+
+def option(default: Any, help: str, *, unit: str = "", choices: Iterable[str] = ()) -> Any:
+    """Returns a dataclass field with its help text, its unit and, where a list bounds it, its choices.
+
+    A type as the default is called for each instance: mutable defaults are not shared.
+    """
+    metadata = {"help": help, "unit": unit, "choices": tuple(choices)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that one run depends on. Every field is a flag of the command line and a key of a YAML file.
+
+    Rates and weights are per optimizer step; epochs count passes over the training images; accuracies are fractions.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"allow_inf_nan": False}
+
+    recipe: str | None = option(None, "named recipe that the settings start from")
+
+    # data
+    data: str = option("cifar10", "cifar10, digits, or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*)")
+    data_dir: str = option("data", "folder for downloads and for the cache of decoded images")
+    val_fraction: float = option(
+        0.1, "share of train held out for choosing; 0 trains on all of it and watches test", unit="fraction"
+    )
+    train_limit: int | None = option(None, "train on so many images, a fixed stratified subset", unit="images")
+    policy: str = option("crop_flip_cutout", "augmentation policy by name, or an Albumentations YAML/JSON file")
+    policy_options: dict[str, int | float] = option(dict, "options of the policy, e.g. policy_options.cutout=16")
+    workers: int | None = option(
+        None, "data loading processes; default: 0 on a CPU, up to 8 beside a GPU", unit="processes"
+    )
+
+    # model
+    model: str = option("resnet18", "resnet18, resnet9, or torchvision/NAME")
+    norm: Literal["batch", "ghost", "group", "layer", "instance", "none"] = option("batch", "normalization layers")
+    ghost_splits: int = option(4, "slices of the batch that ghost norm takes its statistics over", unit="slices")
+    norm_groups: int = option(32, "channel groups of group norm", unit="groups")
+    dropout: float = option(0.0, "dropout probability", unit="probability")
+    stage_strides: tuple[int, ...] = option((1, 2, 2, 2), "strides of the four stages of resnet18")
+
+    # optimizer and loss
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
+    momentum: float = option(0.9, "SGD's momentum; AdamW's beta 1")
+    momentum_min: float | None = option(None, "momentum at lr_max, for schedules that cycle it; default: no cycling")
+    nesterov: bool = option(True, "Nesterov momentum (SGD)")
+    weight_decay: float = option(5e-4, "L2 penalty (SGD) or decoupled decay (AdamW)")
+    l1: float = option(0.0, "L1 penalty on the sum of absolute weights")
+    decay_norm_and_bias: bool = option(True, "whether L1 and L2 act on norms and biases too")
+    label_smoothing: float = option(0.0, "label smoothing", unit="probability")
+    grad_clip: float | None = option(None, "largest norm of the whole gradient")
+    ema_decay: float | None = option(None, "decay of the weights' moving average, which is then evaluated")
+
+    # schedule
+    schedule: Literal["onecycle", "cosine_onecycle", "cosine", "constant", "step", "plateau", "triangular"] = option(
+        "onecycle", "learning rate over the steps"
+    )
+    lr_min: float | Literal["find"] = option(0.01, "lowest learning rate, or find: by the range test")
+    lr_max: float | Literal["find"] = option(0.1, "highest learning rate, or find: by the range test")
+    peak_epoch: float = option(5.0, "when one cycle reaches lr_max", unit="epochs")
+    lr_factor: float = option(0.1, "what step and plateau multiply the rate by")
+    lr_steps: tuple[float, ...] = option((), "when step drops the rate", unit="epochs")
+    patience: int = option(5, "epochs without a better loss before plateau drops the rate", unit="epochs")
+    cycle_epochs: float = option(2.0, "half a cycle of triangular", unit="epochs")
+
+    # length
+    epochs: int = option(20, "passes over the training images", unit="epochs")
+    batch_size: int = option(128, "images in a training batch", unit="images")
+    max_steps: int | None = option(None, "stop after so many steps, whatever epochs says", unit="steps")
+
+    # range test
+    find_lr_start: float = option(1e-4, "first learning rate of the range test")
+    find_lr_end: float = option(10.0, "last learning rate of the range test")
+    find_lr_steps: int = option(100, "steps of the range test", unit="steps")
+
+    # hardware
+    device: str = option("auto", "auto, cpu, cuda, or cuda:N")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: the fastest that this hardware is good at"
+    )
+    channels_last: bool | None = option(None, "memory format of images and weights; default: where the hardware gains")
+    compile: bool = option(False, "compile the model with torch.compile")
+    seed: int = option(0, "seed of weights, order, augmentation and dropout")
+    deterministic: bool = option(False, "only deterministic kernels; slower on a GPU")
+
+    # output and tracking
+    out: str | None = option(None, "run folder; default: runs/RUN_ID")
+    save_steps: int | None = option(None, "save the state every so many steps, beside every epoch's end", unit="steps")
+    tracking: Literal["auto", "online", "offline", "disabled"] = option(
+        "auto", "W&B mode; auto: online with an account, else offline"
+    )
+    project: str = option("eva", "W&B project")
+    entity: str | None = option(None, "W&B entity (user or team)")
+    group: str | None = option(None, "W&B group")
+    name: str | None = option(None, "W&B display name")
+    tags: tuple[str, ...] = option((), "W&B tags")
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(RunConfig)}
+TYPES: dict[str, Any] = get_type_hints(RunConfig)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings from one place: `source` names it ("recipe x", "file y.yaml", "command line")."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Returns the default of a `RunConfig` field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Lays settings over each other, later wins; mappings are merged key by key, dotted keys set one key.
+
+    Returns:
+        The raw values by field, the source of each, and the problems (unknown keys), a line each.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    problems: list[str] = []
+    for layer in layers:
+        for key, value in layer.values.items():
+            name, _, inner = str(key).partition(".")
+            if name not in FIELDS or (inner and get_origin(TYPES[name]) is not dict):
+                problems.append(f"{layer.source}: {unknown_setting(str(key))}")
+                continue
+            value = _structure(value, TYPES[name])
+            if inner:
+                value = {inner: _structure(value, dict)}
+            if isinstance(value, Mapping) and isinstance(values.get(name), Mapping):
+                value = {**values[name], **value}
+            values[name] = value
+            sources[name] = layer.source
+    return values, sources, problems
+
+
+def unknown_setting(key: str) -> str:
+    """Returns one line that names an unknown setting and the nearest known one."""
+    nearest = difflib.get_close_matches(key.partition(".")[0], FIELDS, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "; eva train --help lists the settings"
+    return f"unknown setting {key!r}{hint}"
+
+
+def _structure(value: Any, hint: Any) -> Any:
+    """Reads text that stands for nothing, a list or a mapping; other text is left to the field's own type.
+
+    A W&B agent passes `None`, `[1, 2]` and `{'a': 1}` as Python writes them, which YAML's flow style reads too.
+    """
+    if not isinstance(value, str):
+        return value
+    options = get_args(hint)
+    if value in ("None", "null", "none") and type(None) in options:
+        return None
+    if get_origin(hint) in (tuple, dict) or hint is dict:
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        # A single word or number is a list of one; text that YAML does not see as a number may still be one (1e-5).
+        if get_origin(hint) is tuple and not isinstance(read, list):
+            return [part.strip() for part in value.split(",")] if value else []
+        return read
+    return value
+
+
+@functools.cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter  # here, so that `eva --help` needs no pydantic
+
+    return TypeAdapter(RunConfig)
+
+
+def resolve(layers: Iterable[Layer]) -> tuple[RunConfig, dict[str, str]]:
+    """Makes a checked `RunConfig` of layers of settings.
+
+    Args:
+        layers: In rising order of precedence. Values may be text as a command line gives it.
+
+    Returns:
+        The configuration, and the source of each setting that some layer gave.
+
+    Raises:
+        UserError: All problems at once, a line each: unknown settings, wrong types, impossible values.
+    """
+    from pydantic import ValidationError
+
+    values, sources, problems = merge(layers)
+    try:
+        config = _adapter().validate_python(values)
+    except ValidationError as error:
+        wrong = {str(line["loc"][0]) for line in error.errors()}
+        for name in sorted(wrong):
+            problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
+        # Impossible values are looked for among the well-typed ones, so that all problems are told at once.
+        config = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
+    problems.extend(value_problems(config))
+    if problems:
+        raise UserError("\n".join(problems))
+    return config, sources
+
+
+def describe_type(name: str) -> str:
+    """Returns the type of a setting in words, e.g. "a number or find", "one of: sgd, adamw"."""
+    return _words(TYPES[name])
+
+
+def _words(hint: Any) -> str:
+    plain = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "none",
+    }
+    if hint in plain:
+        return plain[hint]
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return arguments[0] if len(arguments) == 1 else "one of: " + ", ".join(arguments)
+    if get_origin(hint) is tuple:
+        return f"a list, each {_words(arguments[0])}"
+    if get_origin(hint) is dict:
+        return f"a mapping, each value {_words(arguments[1])}"
+    return " or ".join(_words(argument) for argument in arguments)
+
+
+def value_problems(config: RunConfig) -> list[str]:
+    """Returns what is impossible about a well-typed configuration, a line each; an empty list if nothing is.
+
+    Names of recipes, policies and models are checked where they are looked up.
+    """
+    problems = []
+
+    def need(holds: bool, rule: str, *names: str) -> None:
+        if not holds:
+            got = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+            problems.append(f"{rule}, but got {got}")
+
+    for name in ("epochs", "batch_size", "ghost_splits", "norm_groups", "patience", "find_lr_steps"):
+        need(getattr(config, name) >= 1, f"{name} must be at least 1", name)
+    for name in ("max_steps", "train_limit", "save_steps"):
+        value = getattr(config, name)
+        need(value is None or value >= 1, f"{name} must be at least 1 or none", name)
+    for name in ("weight_decay", "l1"):
+        need(getattr(config, name) >= 0, f"{name} must not be negative", name)
+    for name in ("dropout", "label_smoothing", "momentum", "val_fraction"):
+        need(0 <= getattr(config, name) < 1, f"{name} must be in [0, 1)", name)
+    need(config.workers is None or config.workers >= 0, "workers must not be negative", "workers")
+    need(config.seed >= 0, "seed must not be negative", "seed")
+    need(0 < config.lr_factor < 1, "lr_factor must be in (0, 1)", "lr_factor")
+    need(config.grad_clip is None or config.grad_clip > 0, "grad_clip must be above 0 or none", "grad_clip")
+    need(
+        config.ema_decay is None or 0 < config.ema_decay < 1,
+        "ema_decay must be in (0, 1) or none",
+        "ema_decay",
+    )
+    low = config.momentum_min
+    rule = "momentum_min must be in [0, momentum] or none"
+    need(low is None or 0 <= low <= config.momentum, rule, "momentum_min", "momentum")
+    need(config.cycle_epochs > 0, "cycle_epochs must be above 0", "cycle_epochs")
+    lr_min, lr_max = config.lr_min, config.lr_max
+    need(lr_min == "find" or lr_min >= 0, "lr_min must not be negative", "lr_min")
+    need(lr_max == "find" or lr_max > 0, "lr_max must be above 0", "lr_max")
+    if lr_min != "find" and lr_max != "find":
+        need(lr_min <= lr_max, "lr_min must not be above lr_max", "lr_min", "lr_max")
+    if config.schedule in ("onecycle", "cosine_onecycle"):
+        rule = "peak_epoch must lie between 0 and epochs"
+        need(0 < config.peak_epoch < config.epochs, rule, "peak_epoch", "epochs")
+    if config.schedule == "step":
+        need(len(config.lr_steps) > 0, "schedule=step needs lr_steps, e.g. lr_steps=[10,15]", "lr_steps")
+    need(
+        list(config.lr_steps) == sorted(config.lr_steps) and all(epoch > 0 for epoch in config.lr_steps),
+        "lr_steps must be above 0 and rise",
+        "lr_steps",
+    )
+    need(
+        0 < config.find_lr_start < config.find_lr_end,
+        "find_lr_start must be above 0 and below find_lr_end",
+        "find_lr_start",
+        "find_lr_end",
+    )
+    need(
+        len(config.stage_strides) == 4 and all(stride in (1, 2) for stride in config.stage_strides),
+        "stage_strides must be four strides of 1 or 2",
+        "stage_strides",
+    )
+    return problems
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as plain values (tuples as lists) that YAML and JSON can hold."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Returns the mapping that a YAML file holds.
+
+    Raises:
+        UserError: The file is missing or unreadable, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} must hold a mapping of settings, but got {type(values).__name__}")
+    return values

@@ -1,0 +1,431 @@
+"""One run from its configuration to its files: the stages in order."""
+
+import contextlib
+import csv
+import json
+import os
+import secrets
+import signal
+import string
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eva import data, figures, hardware, lr_range, models, policies
+from eva.checkpoints import load_weights, write_atomically, write_json
+from eva.config import RunConfig, UserError, to_dict
+from eva.data import Dataset
+from eva.evaluate import evaluate
+from eva.loop import Training, fit, prepare
+from eva.lr_range import LrRange
+from eva.schedules import Rates, build_schedule
+from eva.tracker import Tracker, WandbTracker, choose_mode
+
+EVAL_BATCH_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: its status, its folder, and all of summary.json."""
+
+    status: str
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration names, built: data, loaders, model, hardware."""
+
+    dataset: Dataset
+    watched: str
+    train_loader: data.TrainLoader
+    watched_loader: Any
+    test_loader: Any
+    policy: policies.Policy
+    model: Any
+    hardware: hardware.Hardware
+
+
+def build(config: RunConfig) -> Parts:
+    """Loads the data and builds loaders, policy and model. Seeds python, numpy and torch on the way.
+
+    Raises:
+        UserError: The configuration names something that doesn't exist or doesn't fit.
+    """
+    hardware.check_torch_pair()
+    chosen = hardware.choose_hardware(config)
+    dataset = data.load_dataset(config.data, Path(config.data_dir), progress=True)
+    num_classes = len(dataset.classes)
+    train, val = data.hold_out(dataset.train, config.val_fraction, num_classes)
+    mean, std = data.channel_statistics(train.images)
+    if config.train_limit is not None:
+        train = data.limit(train, config.train_limit, num_classes)
+    policy = policies.build_policy(config.policy, mean, std, config.policy_options)
+    plain = policies.build_policy("test", mean, std)
+    test_loader = data.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, config.workers)
+    watched_loader = data.eval_loader(val, plain, EVAL_BATCH_SIZE, config.workers) if len(val) else test_loader
+    hardware.seed_everything(config.seed, config.deterministic)
+    model = models.build_model(
+        config.model,
+        num_classes=num_classes,
+        norm=config.norm,
+        ghost_splits=config.ghost_splits,
+        norm_groups=config.norm_groups,
+        dropout=config.dropout,
+        stage_strides=config.stage_strides,
+    )
+    return Parts(
+        dataset=dataset,
+        watched="val" if len(val) else "test",
+        train_loader=data.train_loader(train, policy, config.batch_size, config.seed, config.workers),
+        watched_loader=watched_loader,
+        test_loader=test_loader,
+        policy=policy,
+        model=model,
+        hardware=chosen,
+    )
+
+
+def train(config: RunConfig, resume: Path | None = None) -> Result:
+    """Trains as `config` says and leaves everything in the run folder and in W&B.
+
+    Args:
+        config: The configuration; with `resume`, that of the run folder.
+        resume: A run folder to go on in, from its saved state.
+
+    Raises:
+        UserError: The configuration, the data or the run folder don't allow it.
+    """
+    with open_run(config, "train", resume) as run, stop_signals() as stop_asked:
+        if "find" in (config.lr_min, config.lr_max):
+            config = with_found_rates(config, range_test(config, run))
+            run.tracker.configure({"lr_min": config.lr_min, "lr_max": config.lr_max})
+        write_config(run.folder, config)
+        describe_model(run)
+        training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
+        if resume:
+            training.load(run.folder / "state.pt")
+        watched = run.parts.watched_loader, run.parts.watched
+        status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked)
+        run.summary.update(outcome(training, run.parts, status))
+        if status == "finished":
+            run.summary.update(test_at_the_end(training, run.parts, run.folder))
+        draw_curves(run)
+        run.tracker.summarize(run.summary)
+        best = run.folder / "best.safetensors"
+        if status != "interrupted" and best.exists():
+            metadata = {"summary": run.summary, "config": to_dict(config)}
+            run.tracker.log_artifact(f"model-{run.run_id}", "model", best, metadata, ("best", "latest"))
+    return run.result()
+
+
+def find_lr(config: RunConfig) -> Result:
+    """Runs the range test that `config` describes, and leaves its curve and figure in a run folder and in W&B.
+
+    Raises:
+        UserError: The configuration or the data don't allow it, or the curve has no usable minimum.
+    """
+    with open_run(config, "find_lr") as run:
+        write_config(run.folder, config)
+        range_test(config, run)
+        run.summary["status"] = "finished"
+        run.tracker.summarize(run.summary)
+    return run.result()
+
+
+def show_policy(config: RunConfig) -> Result:
+    """Draws samples of the policy, for each class an original and eight augmented ones, as PNG and as W&B media.
+
+    Raises:
+        UserError: The configuration or the data don't allow it.
+    """
+    with open_run(config, "show_policy") as run:
+        write_config(run.folder, config)
+        train_split = run.parts.dataset.train
+        classes = run.parts.dataset.classes
+        samples = policies.gallery(train_split.images, train_split.labels, classes, run.parts.policy, seed=config.seed)
+        path = figures.save_picture(samples, run.folder / "figures" / "policy.png")
+        run.tracker.log_image("policy/gallery", path)
+        run.summary["status"] = "finished"
+        run.tracker.summarize(run.summary)
+    return run.result()
+
+
+def show_schedule(config: RunConfig, steps_per_epoch: int = 100) -> Path:
+    """Draws the schedule over its steps as schedule-NAME.png in the folder `out` or the current one.
+
+    Plateau is drawn for losses that stop falling at once.
+
+    Raises:
+        UserError: A rate is still to be found, or the folder can't be written.
+    """
+    if "find" in (config.lr_min, config.lr_max):
+        raise UserError("--show_schedule needs numbers for lr_min and lr_max, but got find")
+    schedule = build_schedule(config, steps_per_epoch)
+    steps = range(config.epochs * steps_per_epoch)
+    rates = [schedule(step, [1.0] * (step // steps_per_epoch)) for step in steps]
+    title = f"{config.schedule}: {config.epochs} epochs of {steps_per_epoch} steps"
+    path = Path(config.out or ".") / f"schedule-{config.schedule}.png"
+    try:
+        return figures.save(figures.lr_curve(list(steps), rates, title), path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+
+# The stages
+
+
+@dataclass
+class Run:
+    """A run under way: what it builds on, where it writes, and its growing summary."""
+
+    run_id: str
+    folder: Path
+    parts: Parts
+    tracker: Tracker
+    summary: dict[str, Any]
+
+    def result(self) -> Result:
+        """Returns what the run came to."""
+        return Result(self.summary["status"], self.folder, self.summary)
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterator[Run]:
+    """Makes the run folder, builds the parts and opens the tracker; closes it and writes summary.json at the end.
+
+    Raises:
+        UserError: The run folder, the configuration or the data don't allow it. A folder made for it is removed.
+    """
+    run_id, folder = reopen_run_folder(resume) if resume else make_run_folder(config)
+    mode, remark = choose_mode(config.tracking)
+    try:
+        parts = build(config)
+    except UserError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+    if remark:
+        print(remark)
+    summary: dict[str, Any] = {
+        "status": "running",
+        "recipe": config.recipe,
+        "data": config.data,
+        "data_fingerprint": parts.dataset.fingerprint,
+        "train_images": parts.train_loader.num_images,
+        "parameters": models.count_parameters(parts.model),
+        "selected_on": parts.watched,
+        "wandb_id": run_id,
+        "wandb_mode": mode,
+    }
+    facts = {
+        **to_dict(config),
+        **{name: summary[name] for name in ("data_fingerprint", "train_images", "parameters", "selected_on")},
+        "hardware": hardware.describe(parts.hardware),
+        "git_commit": git_commit(),
+    }
+    tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
+    try:
+        with tracker:
+            summary["wandb_folder"] = None if tracker.folder is None else str(tracker.folder)
+            write_json(folder / "summary.json", summary)
+            yield Run(run_id, folder, parts, tracker, summary)
+    except BaseException:
+        summary["status"] = "failed"
+        raise
+    finally:
+        write_json(folder / "summary.json", summary)
+
+
+def make_run_folder(config: RunConfig) -> tuple[str, Path]:
+    """Returns a run id, W&B's if an agent chose it, and the new run folder, which holds nothing yet.
+
+    Raises:
+        UserError: The folder can't be made, or holds something.
+    """
+    alphabet = string.ascii_lowercase + string.digits
+    run_id = os.environ.get("WANDB_RUN_ID") or "".join(secrets.choice(alphabet) for _ in range(8))
+    folder = Path(config.out or Path("runs") / run_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"run folder {str(folder)!r} is read-only; choose another --out")
+    except OSError as error:
+        raise UserError(f"cannot make run folder {str(folder)!r}: {error.strerror}; choose another --out") from None
+    return run_id, folder
+
+
+def reopen_run_folder(folder: Path) -> tuple[str, Path]:
+    """Returns the run id of a run folder that can be gone on in, and the folder.
+
+    Raises:
+        UserError: It is no run folder, its run ended, or it has no state to go on from.
+    """
+    summary = read_summary(folder)
+    if summary.get("status") in ("finished", "diverged"):
+        raise UserError(f"the run in {str(folder)!r} has ended (status {summary['status']!r}): nothing to resume")
+    if not (folder / "state.pt").exists():
+        raise UserError(
+            f"the run in {str(folder)!r} has no state.pt: it ended before its first epoch did; start it anew"
+        )
+    return summary["wandb_id"], folder
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns a run folder's summary.
+
+    Raises:
+        UserError: The folder holds no readable summary.json of a run.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{str(folder)!r} is no run folder: it has no summary.json") from None
+    except ValueError:
+        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    if not isinstance(summary, dict) or "wandb_id" not in summary:
+        raise UserError(f"{str(path)!r} is no summary of a run: it has no wandb_id")
+    return summary
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes config.yaml, which `--config` and `--resume` read."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_atomically(folder / "config.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the repository around the current folder, with "-dirty" if files differ; None if none."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def describe_model(run: Run) -> None:
+    """Prints the model's table and writes it to model.txt and to W&B."""
+    table = models.summarize(run.parts.model)
+    print(table)
+    (run.folder / "model.txt").write_text(table + "\n", encoding="utf-8")
+    run.tracker.log_text("model/summary", table)
+
+
+def range_test(config: RunConfig, run: Run) -> LrRange:
+    """Runs the range test, writes its curve to lr_range.csv and figures/lr_range.png, and logs both."""
+    parts = run.parts
+    print(f"range test: {config.find_lr_steps} steps from {config.find_lr_start:g} to {config.find_lr_end:g}")
+    found = lr_range.find_lr(config, parts.hardware, parts.model, parts.train_loader.loader)
+    curve = list(zip(found.lrs, found.losses, found.smoothed, strict=True))
+    with open(run.folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("lr", "loss", "smoothed"), *curve])
+    for lr, loss, smoothed in curve:
+        run.tracker.log({"lr_range/lr": lr, "lr_range/loss": loss, "lr_range/smoothed": smoothed})
+    path = figures.save(figures.lr_range(found), run.folder / "figures" / "lr_range.png")
+    run.tracker.log_image("lr_range/curve", path)
+    rates = {"lr_min": found.lr_min, "lr_max": found.lr_max}
+    run.summary.update({**rates, "lr_rule": lr_range.RULE})
+    print(f"range test: LR min {found.lr_min:.3g}, LR max {found.lr_max:.3g} ({lr_range.RULE})")
+    return found
+
+
+def with_found_rates(config: RunConfig, found: LrRange) -> RunConfig:
+    """Returns the configuration with the found rates in place of "find".
+
+    Raises:
+        UserError: The found one and the given one of the two rates don't fit together.
+    """
+    lr_min = found.lr_min if config.lr_min == "find" else config.lr_min
+    lr_max = found.lr_max if config.lr_max == "find" else config.lr_max
+    if lr_min > lr_max:
+        raise UserError(f"the range test found a range in which lr_min={lr_min:.3g} is above lr_max={lr_max:.3g}")
+    return replace(config, lr_min=lr_min, lr_max=lr_max)
+
+
+def outcome(training: Training, parts: Parts, status: str) -> dict[str, Any]:
+    """Returns what training came to, for the summary; the watched split's accuracies under its name."""
+    now, config = training.progression, training.config
+    # Of the current epoch only the ended batches count.
+    images = parts.train_loader.num_images * now.epoch + now.epoch_images
+    return {
+        "status": status,
+        "lr_min": config.lr_min,
+        "lr_max": config.lr_max,
+        f"{parts.watched}_accuracy_last": now.last_accuracy if now.epoch else None,
+        f"{parts.watched}_accuracy_best": now.best_accuracy if now.epoch else None,
+        "best_epoch": now.best_epoch,
+        "epochs": now.epoch,
+        "steps": now.step,
+        "seconds": now.seconds,
+        "images_per_second": images / now.seconds if now.seconds else None,
+    }
+
+
+def test_at_the_end(training: Training, parts: Parts, folder: Path) -> dict[str, Any]:
+    """Returns test's accuracies of the last weights and of the best on val; none where test was watched all along."""
+    if parts.watched == "test":
+        return {}
+    last = evaluate(training.evaluated, parts.test_loader, parts.hardware)
+    best = last
+    if training.progression.best_epoch != training.progression.epoch:
+        load_weights(folder / "best.safetensors", training.evaluated)
+        best = evaluate(training.evaluated, parts.test_loader, parts.hardware)
+    return {
+        "test_accuracy_last": last.accuracy,
+        "test_accuracy_best": best.accuracy,
+        "test_loss_best": best.loss,
+    }
+
+
+def draw_curves(run: Run) -> None:
+    """Draws loss and accuracy by epoch and the learning rate by step from the run's CSV files."""
+    history = figures.read_csv(run.folder / "history.csv")
+    epochs = figures.read_csv(run.folder / "epochs.csv")
+    drawn = {}
+    if epochs:
+        drawn["loss"] = figures.curves(epochs, run.parts.watched, "loss")
+        drawn["accuracy"] = figures.curves(epochs, run.parts.watched, "accuracy")
+    if history:
+        rates = [Rates(*pair) for pair in zip(history["lr"], history["momentum"], strict=True)]
+        drawn["lr"] = figures.lr_curve(history["trainer/step"], rates, "learning rate by step")
+    for name, figure in drawn.items():
+        run.tracker.log_image(f"figures/{name}", figures.save(figure, run.folder / "figures" / f"{name}.png"))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a wish to stop, which the yielded function tells of.
+
+    A second one acts at once, as it would have without us. Outside the main thread signals can't be caught: then
+    nothing is changed.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        restore()
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        restore()

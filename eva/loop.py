@@ -1,0 +1,354 @@
+"""The training loop: read `fit` from top to bottom."""
+
+import csv
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from eva.checkpoints import load_state, save_state, save_weights
+from eva.config import RunConfig
+from eva.data import TrainLoader
+from eva.evaluate import Evaluation, evaluate
+from eva.hardware import Hardware, random_state, set_random_state
+from eva.optim import Criterion, build_criterion, build_optimizer, set_rates
+from eva.progress import Progress
+from eva.schedules import Schedule, build_schedule
+from eva.tracker import Tracker
+
+# Rows of batches wait on the device and are fetched together, after so many steps or so many seconds.
+FLUSH_STEPS = 32
+FLUSH_SECONDS = 2.0
+
+BATCH_COLUMNS = (
+    *("trainer/step", "epoch", "train/loss", "train/accuracy"),
+    *("lr", "momentum", "images_per_second", "seconds"),
+)
+
+
+@dataclass
+class Progression:
+    """How far a run has come. The step counts optimizer steps from 0; `epoch` and `batch` are the next ones."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    # of the epoch under way
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_images: int = 0
+    # of the epochs that ended: the watched split's loss, by which plateau drops the rate
+    losses: list[float] = field(default_factory=list)
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    last_accuracy: float = 0.0
+
+
+@dataclass
+class Training:
+    """Everything that training changes, and what it needs to go on."""
+
+    config: RunConfig
+    hardware: Hardware
+    model: nn.Module
+    averaged: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    criterion: Criterion
+    schedule: Schedule
+    progression: Progression
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average of the weights if there is one."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    def save(self, path: Path) -> None:
+        """Writes the complete state: model, optimizer, average, scaler, generators, position; the schedule is pure."""
+        save_state(
+            path,
+            {
+                "model": self.model.state_dict(),
+                "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": random_state(),
+                "progression": asdict(self.progression),
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises:
+            UserError: The file is missing, damaged or of another format.
+        """
+        state = load_state(path)
+        self.model.load_state_dict(state["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progression = Progression(**state["progression"])
+        set_random_state(state["random"])
+
+
+def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_epoch: int) -> Training:
+    """Returns a training of `model`, moved to the device, at its first step. `lr_min` and `lr_max` are numbers."""
+    model = model.to(hardware.device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
+    averaged = None
+    if config.ema_decay is not None:
+        averaged = AveragedModel(
+            model,
+            multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
+            use_buffers=True,
+            device=hardware.device,
+        )
+    if config.compile:
+        model.compile()
+    return Training(
+        config=config,
+        hardware=hardware,
+        model=model,
+        averaged=averaged,
+        optimizer=build_optimizer(config, model),
+        scaler=hardware.scaler(),
+        criterion=build_criterion(config, model),
+        schedule=build_schedule(config, steps_per_epoch),
+        progression=Progression(),
+    )
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes one optimizer step on images (B, 3, H, W) float32 and labels (B,) int64, on the device.
+
+    Returns:
+        The loss and the number of correct predictions before the step: float32 scalars still on the device.
+    """
+    with training.hardware.autocast():
+        logits = training.model(images)
+    loss = training.criterion(logits, labels)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if training.config.grad_clip is not None:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.model.parameters(), training.config.grad_clip)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    if training.averaged is not None:
+        training.averaged.update_parameters(training.model)
+    correct = (logits.detach().argmax(1) == labels).sum()
+    return loss.detach(), correct
+
+
+class BatchRows:
+    """Rows of batches whose loss and accuracy are still on the device, each with its own step."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._values: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def add(self, row: dict[str, float], images: int, loss: Tensor, correct: Tensor) -> None:
+        """Keeps a row; loss and correct are scalars on the device, which is not waited for."""
+        self._rows.append({**row, "images": images})
+        self._values.append(torch.stack([loss.float(), correct.float()]))
+
+    def due(self) -> bool:
+        """Tells whether it is time to flush."""
+        return len(self._rows) >= FLUSH_STEPS or time.perf_counter() - self._since >= FLUSH_SECONDS
+
+    def flush(self, seconds_before: float) -> list[dict[str, float]]:
+        """Waits for the device and returns the rows in order, complete; then there are none.
+
+        `images_per_second` is that of all the flushed batches: no single batch is waited for, so none has its own.
+        `seconds` counts from the run's start: `seconds_before` and the time since the last flush, evenly spread.
+        """
+        if not self._rows:
+            return []
+        values = torch.stack(self._values).tolist()
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        total_images = sum(row["images"] for row in self._rows)
+        rows = []
+        for number, (row, (loss, correct)) in enumerate(zip(self._rows, values, strict=True), start=1):
+            images = row["images"]
+            rows.append(
+                {
+                    **row,
+                    "train/loss": loss,
+                    "train/accuracy": correct / images,
+                    "images_per_second": total_images / elapsed,
+                    "seconds": seconds_before + elapsed * number / len(self._rows),
+                }
+            )
+        self._rows, self._values = [], []
+        return rows
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last flush: it was not spent on training."""
+        self._since = time.perf_counter()
+
+
+class Journal:
+    """A CSV file of the run folder that rows are appended to."""
+
+    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        if not path.exists():
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(self.columns)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows; keys that are no columns are left out."""
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(rows)
+
+    def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
+        """Drops the rows that a resumed run will write again."""
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if wanted(row)]
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def fit(
+    training: Training,
+    train_loader: TrainLoader,
+    watched_batches: Iterable[tuple[Tensor, Tensor]],
+    watched: str,
+    folder: Path,
+    tracker: Tracker,
+    stop_asked: Callable[[], bool],
+) -> str:
+    """Trains until the configured end, and after every epoch evaluates, keeps the best weights and saves the state.
+
+    Args:
+        training: Changed as it goes on, from its own position.
+        train_loader: Batches of an epoch as a pure function of (seed, epoch, batch).
+        watched_batches: The split that is evaluated after each epoch, every image once.
+        watched: That split's name, val or test: the first part of its metrics' names.
+        folder: Where history.csv, epochs.csv, best.safetensors and state.pt go.
+        tracker: Gets one row a batch and one row an epoch.
+        stop_asked: Asked after every step; if it says yes, the state is saved and training ends.
+
+    Returns:
+        finished, diverged (a loss was not finite: the last logged one) or interrupted.
+    """
+    config, now = training.config, training.progression
+    history = Journal(folder / "history.csv", BATCH_COLUMNS)
+    epochs = Journal(folder / "epochs.csv", epoch_columns(watched))
+    history.keep(lambda row: int(row["trainer/step"]) < now.step)
+    epochs.keep(lambda row: int(row["epoch"]) <= now.epoch)
+    last_step = min(config.epochs * len(train_loader), config.max_steps or math.inf)
+    progress = Progress(config.epochs, len(train_loader))
+
+    while now.epoch < config.epochs and now.step < last_step:
+        progress.start_epoch(now.epoch + 1, now.batch)
+        training.model.train()
+        rows = BatchRows()
+        for images, labels in train_loader.epoch(now.epoch, now.batch):
+            rates = training.schedule(now.step, now.losses)
+            set_rates(training.optimizer, rates.lr, rates.momentum)
+            loss, correct = train_step(training, *training.hardware.to_device(images, labels))
+            row = {
+                "trainer/step": now.step,
+                "epoch": now.epoch + (now.batch + 1) / len(train_loader),
+                "lr": rates.lr,
+                "momentum": rates.momentum,
+            }
+            rows.add(row, len(labels), loss, correct)
+            now.step += 1
+            now.batch += 1
+            ends = now.step == last_step or now.batch == len(train_loader)
+            stops = stop_asked()
+            saves = config.save_steps is not None and now.step % config.save_steps == 0
+            if ends or stops or saves or rows.due():
+                flushed = rows.flush(now.seconds)
+                diverged = log_batches(flushed, now, history, tracker, progress)
+                if diverged:
+                    return "diverged"
+            if stops or (saves and not ends):
+                training.save(folder / "state.pt")
+                rows.restart_clock()
+            if stops:
+                return "interrupted"
+            if ends:
+                break
+
+        evaluation = evaluate(training.evaluated, watched_batches, training.hardware)
+        end_epoch(now, evaluation)
+        row = epoch_row(now, evaluation, watched)
+        epochs.append([row])
+        tracker.log(row)
+        progress.end_epoch(watched, evaluation)
+        if now.best_epoch == now.epoch:
+            facts = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
+            save_weights(folder / "best.safetensors", training.evaluated, facts)
+        now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images = 0, 0.0, 0.0, 0
+        training.save(folder / "state.pt")
+        if not math.isfinite(evaluation.loss):
+            return "diverged"
+    return "finished"
+
+
+def log_batches(
+    rows: list[dict[str, float]], now: Progression, history: Journal, tracker: Tracker, progress: Progress
+) -> bool:
+    """Logs flushed rows and adds them to the epoch's sums, up to and including the first loss that is not finite.
+
+    Returns:
+        Whether there was one. The steps after it don't count: the position is set back to it.
+    """
+    for number, row in enumerate(rows):
+        if not math.isfinite(row["train/loss"]):
+            surplus = len(rows) - number - 1
+            now.step, now.batch = now.step - surplus, now.batch - surplus
+            rows = rows[: number + 1]
+            break
+    history.append(rows)
+    for row in rows:
+        images = row.pop("images")
+        now.epoch_loss += row["train/loss"] * images
+        now.epoch_correct += row["train/accuracy"] * images
+        now.epoch_images += int(images)
+        tracker.log(row)
+    if rows:
+        now.seconds = rows[-1]["seconds"]
+        progress.update(len(rows), rows[-1]["train/loss"], now.batch - 1, now.epoch_correct / now.epoch_images)
+    return bool(rows) and not math.isfinite(rows[-1]["train/loss"])
+
+
+def end_epoch(now: Progression, evaluation: Evaluation) -> None:
+    """Takes an epoch's evaluation into the progression: `epoch` counts the ended ones now."""
+    now.epoch += 1
+    now.losses.append(evaluation.loss)
+    now.last_accuracy = evaluation.accuracy
+    # Of equally accurate epochs the one with the lower loss is better.
+    if (evaluation.accuracy, -evaluation.loss) > (now.best_accuracy, -now.best_loss):
+        now.best_accuracy, now.best_loss, now.best_epoch = evaluation.accuracy, evaluation.loss, now.epoch
+
+
+def epoch_columns(watched: str) -> tuple[str, ...]:
+    """Returns the columns of epochs.csv, which are the keys of an epoch's row."""
+    of_watched = (f"{watched}/{name}" for name in ("loss", "accuracy", "accuracy_best", "epoch_best"))
+    return ("epoch", "trainer/step", "train_epoch/loss", "train_epoch/accuracy", *of_watched, "epoch_seconds")
+
+
+def epoch_row(now: Progression, evaluation: Evaluation, watched: str) -> dict[str, float]:
+    """Returns the row of the epoch that just ended; `*_best` is the best so far, and never falls."""
+    values = (
+        *(now.epoch, now.step - 1, now.epoch_loss / now.epoch_images, now.epoch_correct / now.epoch_images),
+        *(evaluation.loss, evaluation.accuracy, now.best_accuracy, now.best_epoch, now.seconds),
+    )
+    return dict(zip(epoch_columns(watched), values, strict=True))
