@@ -90,7 +90,8 @@ def load_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no state to resume from at {str(path)!r}") from None
     except Exception as error:  # torch raises several kinds, depending on where the file is damaged
-        raise UserError(f"{str(path)!r} is not a readable state: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{str(path)!r} is not a readable state: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise UserError(f"{str(path)!r} is no state of this version of eva (format {STATE_FORMAT})")
     return state

@@ -4,10 +4,22 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from eva import __version__
-from eva.config import FIELDS, Layer, RunConfig, UserError, default_of, describe_type, read_yaml, resolve
+from eva.config import (
+    FIELDS,
+    TYPES,
+    Layer,
+    RunConfig,
+    UserError,
+    collected,
+    default_of,
+    describe_type,
+    read_yaml,
+    resolve,
+    stands_for_none,
+)
 from eva.recipes import RECIPES, recipe_layer
 
 EXIT_USER_ERROR = 2
@@ -15,6 +27,13 @@ EXIT_INTERRUPTED = 130  # as shells report a program that SIGINT ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
 RESUME_SETTINGS = ("workers", "tracking")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage, which has a line for each of the settings."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Returns the parser and those of the commands. Values stay text: `config.resolve` gives them their types."""
-    parser = argparse.ArgumentParser(prog="eva", description="Train small image classifiers, tracked batch by batch.")
+    parser = Parser(
+        prog="eva", allow_abbrev=False, description="Train small image classifiers, tracked batch by batch."
+    )
     parser.add_argument("--version", action="version", version=f"eva {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
@@ -54,13 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
         settings = command.add_argument_group("settings", "in rising precedence: --recipe, --config, flags")
         for name, field in FIELDS.items():
+            alone = {"nargs": "?", "const": "true"} if bool in (TYPES[name], *get_args(TYPES[name])) else {}
             settings.add_argument(
-                f"--{name}",
-                nargs="?",
-                const="true",
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=_help(name, field),
+                f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=_help(name, field), **alone
             )
     return parser
 
@@ -78,21 +95,30 @@ def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[Ru
     Raises:
         UserError: All problems at once, a line each.
     """
+    layers = [Layer("command line", given_settings(arguments, unknown))]
+    problems: list[str] = []
+    if arguments.config is not None:
+        with collected(problems):
+            layers.insert(0, Layer(f"file {arguments.config}", read_yaml(arguments.config)))
+    recipe = next((layer.values["recipe"] for layer in reversed(layers) if "recipe" in layer.values), None)
+    if isinstance(recipe, str) and not stands_for_none(recipe):
+        with collected(problems):
+            layers.insert(0, recipe_layer(recipe))
+    with collected(problems):
+        config, sources = resolve(layers)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config, sources
+
+
+def given_settings(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, str]:
+    """Returns the settings that the command line gives, as text."""
     flags = {name: getattr(arguments, name) for name in FIELDS if hasattr(arguments, name)}
-    flags.update(loose_settings(unknown))
-    layers = [Layer("command line", flags)]
-    recipe = flags.get("recipe")
-    if arguments.config:
-        from_file = read_yaml(arguments.config)
-        layers.insert(0, Layer(f"file {arguments.config}", from_file))
-        recipe = recipe or from_file.get("recipe")
-    if recipe:
-        layers.insert(0, recipe_layer(str(recipe)))
-    return resolve(layers)
+    return {**flags, **loose_settings(unknown)}
 
 
 def loose_settings(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns as settings what the parser doesn't know: dotted keys (`--policy_options.cutout=8`), and mistakes.
+    """Returns as settings what the parser doesn't know: `--policy_options.cutout=8`, `lr_max=0.4`, and mistakes.
 
     `resolve` tells the known from the unknown ones.
     """
@@ -116,28 +142,41 @@ def print_settings(config: RunConfig, sources: dict[str, str]) -> None:
 
 def run_train(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     """`eva train`."""
-    if arguments.list:
-        print_recipes()
-        return 0
-    if arguments.resume:
+    if arguments.resume is not None:
         folder = Path(arguments.resume)
-        given = {name: getattr(arguments, name) for name in FIELDS if hasattr(arguments, name)}
-        given.update(loose_settings(unknown))
-        for name in given:
-            if name not in RESUME_SETTINGS:
-                known = ", ".join(RESUME_SETTINGS)
-                raise UserError(f"--resume goes on as the run began; only {known} may differ, but got {name!r}")
-        layer = Layer(f"run {folder}", {**read_yaml(folder / "config.yaml"), "out": str(folder)})
-        config, sources = resolve([layer, Layer("command line", given)])
+        config, sources = configure_again(folder, arguments, unknown)
     else:
         folder = None
         config, sources = configure(arguments, unknown)
+    if arguments.list:
+        print_recipes()
+        return 0
     print_settings(config, sources)
     from eva import experiment
 
     result = experiment.show_policy(config) if arguments.show_policy else experiment.train(config, resume=folder)
     print_result(result)
     return EXIT_INTERRUPTED if result.status == "interrupted" else 0
+
+
+def configure_again(
+    folder: Path, arguments: argparse.Namespace, unknown: Sequence[str]
+) -> tuple[RunConfig, dict[str, str]]:
+    """Returns what `configure` does, for going on with the run of a folder.
+
+    Raises:
+        UserError: It is no run folder, or a flag would change what the run computes.
+    """
+    given = given_settings(arguments, unknown)
+    changed = [name for name in given if name not in RESUME_SETTINGS] + ["config"] * (arguments.config is not None)
+    if changed:
+        known = " and ".join(RESUME_SETTINGS)
+        raise UserError(f"--resume goes on as the run began: only {known} may differ, but got {', '.join(changed)}")
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")
+    layer = Layer(f"file {path}", {**read_yaml(path), "out": str(folder)})
+    return resolve([layer, Layer("command line", given)])
 
 
 def run_find_lr(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
@@ -182,19 +221,13 @@ def print_result(result: Any) -> None:
 
 def print_recipes() -> None:
     """Prints a line a recipe: parameters (of ten classes), batch, epochs, schedule and the report's accuracy."""
-    from eva.models import build_model, count_parameters
+    from eva.experiment import build_model
+    from eva.models import count_parameters
 
     print(f"{'recipe':24}{'parameters':>12}{'batch':>7}{'epochs':>8}  {'schedule':17}{'report':>8}")
     for name, recipe in RECIPES.items():
         config, _ = resolve([recipe_layer(name)])
-        model = build_model(
-            config.model,
-            num_classes=10,
-            norm=config.norm,
-            ghost_splits=config.ghost_splits,
-            norm_groups=config.norm_groups,
-            stage_strides=config.stage_strides,
-        )
+        model = build_model(config, num_classes=10)
         report = "-" if recipe.report_accuracy is None else f"{100 * recipe.report_accuracy:.2f} %"
         print(
             f"{name:24}{count_parameters(model):>12,}{config.batch_size:>7}{config.epochs:>8}  "

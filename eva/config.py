@@ -1,9 +1,11 @@
 """The configuration of one run: a frozen dataclass, made from layers of settings, every problem told at once."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -16,6 +18,15 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+@contextlib.contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Adds the message of a `UserError` to `problems` instead of raising it, so that others can be told with it."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
@@ -158,9 +169,7 @@ def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str], list
             if name not in FIELDS or (inner and get_origin(TYPES[name]) is not dict):
                 problems.append(f"{layer.source}: {unknown_setting(str(key))}")
                 continue
-            value = _structure(value, TYPES[name])
-            if inner:
-                value = {inner: _structure(value, dict)}
+            value = {inner: value} if inner else _structure(value, TYPES[name])
             if isinstance(value, Mapping) and isinstance(values.get(name), Mapping):
                 value = {**values[name], **value}
             values[name] = value
@@ -182,19 +191,22 @@ def _structure(value: Any, hint: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    options = get_args(hint)
-    if value in ("None", "null", "none") and type(None) in options:
+    if stands_for_none(value) and type(None) in get_args(hint):
         return None
-    if get_origin(hint) in (tuple, dict) or hint is dict:
-        try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
-        # A single word or number is a list of one; text that YAML does not see as a number may still be one (1e-5).
-        if get_origin(hint) is tuple and not isinstance(read, list):
-            return [part.strip() for part in value.split(",")] if value else []
-        return read
-    return value
+    if get_origin(hint) not in (tuple, dict):
+        return value
+    if get_origin(hint) is tuple and not value.startswith("["):
+        return [part.strip() for part in value.split(",")] if value else []
+    try:
+        # Words and numbers inside stay text, for the type of the list or mapping to judge: YAML takes 1e-5 for a word.
+        return yaml.load(value, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return value
+
+
+def stands_for_none(value: Any) -> bool:
+    """Tells whether a raw value means nothing: None, or how Python and YAML write it."""
+    return value is None or (isinstance(value, str) and value in ("None", "none", "null"))
 
 
 @functools.cache
@@ -216,21 +228,33 @@ def resolve(layers: Iterable[Layer]) -> tuple[RunConfig, dict[str, str]]:
     Raises:
         UserError: All problems at once, a line each: unknown settings, wrong types, impossible values.
     """
-    from pydantic import ValidationError
-
     values, sources, problems = merge(layers)
-    try:
-        config = _adapter().validate_python(values)
-    except ValidationError as error:
-        wrong = {str(line["loc"][0]) for line in error.errors()}
-        for name in sorted(wrong):
-            problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
-        # Impossible values are looked for among the well-typed ones, so that all problems are told at once.
-        config = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
-    problems.extend(value_problems(config))
+    wrong = _ill_typed(values)
+    for name in sorted(wrong):
+        problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
+    # Impossible values are looked for among the well-typed ones, so that all problems are told at once.
+    config: RunConfig = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
+    problems.extend(value_problems(config, wrong))
     if problems:
         raise UserError("\n".join(problems))
     return config, sources
+
+
+def _ill_typed(values: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the raw values that their field's type does not take."""
+    from pydantic import ValidationError
+
+    # pydantic takes true for the number 1.
+    wrong = {
+        name
+        for name, value in values.items()
+        if isinstance(value, bool) and bool not in (TYPES[name], *get_args(TYPES[name]))
+    }
+    try:
+        _adapter().validate_python(values)
+    except ValidationError as error:
+        wrong |= {str(line["loc"][0]) for line in error.errors()}
+    return wrong
 
 
 def describe_type(name: str) -> str:
@@ -258,20 +282,28 @@ def _words(hint: Any) -> str:
     return " or ".join(_words(argument) for argument in arguments)
 
 
-def value_problems(config: RunConfig) -> list[str]:
+def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]:
     """Returns what is impossible about a well-typed configuration, a line each; an empty list if nothing is.
 
-    Names of recipes, policies and models are checked where they are looked up.
+    Names of recipes, policies and models are checked where they are looked up. Rules about a setting in `unknown`,
+    whose value in `config` is not the user's, are left out.
     """
     problems = []
 
     def need(holds: bool, rule: str, *names: str) -> None:
-        if not holds:
+        if not holds and not any(name in unknown for name in names):
             got = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
             problems.append(f"{rule}, but got {got}")
 
-    for name in ("epochs", "batch_size", "ghost_splits", "norm_groups", "patience", "find_lr_steps"):
+    for name in FIELDS:
+        value = getattr(config, name)
+        texts = [text for text in (value if isinstance(value, tuple) else [value]) if isinstance(text, str)]
+        # Control characters break lines and paths; bytes that are no UTF-8 arrive as lone surrogates (Cs).
+        broken = {"Cc", "Cs"} & set(map(unicodedata.category, "".join(texts)))
+        need(not broken, f"{name} must hold no control characters and be UTF-8", name)
+    for name in ("epochs", "batch_size", "ghost_splits", "norm_groups", "patience"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1", name)
+    need(config.find_lr_steps >= 5, "find_lr_steps must be at least 5", "find_lr_steps")
     for name in ("max_steps", "train_limit", "save_steps"):
         value = getattr(config, name)
         need(value is None or value >= 1, f"{name} must be at least 1 or none", name)
@@ -280,7 +312,7 @@ def value_problems(config: RunConfig) -> list[str]:
     for name in ("dropout", "label_smoothing", "momentum", "val_fraction"):
         need(0 <= getattr(config, name) < 1, f"{name} must be in [0, 1)", name)
     need(config.workers is None or config.workers >= 0, "workers must not be negative", "workers")
-    need(config.seed >= 0, "seed must not be negative", "seed")
+    need(0 <= config.seed < 2**63, "seed must be in [0, 2**63)", "seed")
     need(0 < config.lr_factor < 1, "lr_factor must be in (0, 1)", "lr_factor")
     need(config.grad_clip is None or config.grad_clip > 0, "grad_clip must be above 0 or none", "grad_clip")
     need(
@@ -318,6 +350,13 @@ def value_problems(config: RunConfig) -> list[str]:
         "stage_strides must be four strides of 1 or 2",
         "stage_strides",
     )
+    # W&B refuses others, but only once the data are loaded.
+    need(
+        len(config.project) <= 128 and not set(config.project) & set("/\\#?%:"),
+        "project must have at most 128 characters, and none of / \\ # ? % :",
+        "project",
+    )
+    need(all(1 <= len(tag) <= 64 for tag in config.tags), "tags must have 1 to 64 characters each", "tags")
     return problems
 
 
@@ -328,6 +367,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds.
 
@@ -335,11 +385,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing or unreadable, is not YAML, or holds something else than a mapping.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except Exception as error:  # PyYAML lets through whatever int(), date() and its own slips raise
         raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

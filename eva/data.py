@@ -525,10 +525,18 @@ class TrainLoader:
         Raises:
             ValueError: `start_batch` is not in [0, len(self)].
         """
+        self.start(epoch, start_batch)
+        return iter(self.loader)
+
+    def start(self, epoch: int, start_batch: int = 0) -> None:
+        """Makes the next iteration over `loader` begin at a batch of an epoch.
+
+        Raises:
+            ValueError: `start_batch` is not in [0, len(self)].
+        """
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch must be between 0 and {len(self)}, but got {start_batch}")
         self._batches.next_epoch, self._batches.start_batch = epoch, start_batch
-        return iter(self.loader)
 
 
 def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, workers: int | None) -> TrainLoader:

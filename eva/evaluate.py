@@ -23,10 +23,10 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardware: Hardware) -> Evaluation:
     """Returns the evaluation of a model over batches of images (B, 3, H, W) float32 and labels (B,) int64.
 
-    Each image counts once, whatever the batches' sizes. The model is in eval mode meanwhile and left in the mode it
-    was in; sums stay on the device until the end, so nothing waits for it in between.
+    Each image counts once, whatever the batches' sizes. The model is in eval mode meanwhile and every module
+    is left in the mode it was in; sums stay on the device until the end, so nothing waits for it in between.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=hardware.device)
     correct = torch.zeros((), dtype=torch.int64, device=hardware.device)
@@ -40,5 +40,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardwar
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return Evaluation(loss.item() / count, correct.item() / count, count)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from eva import data, figures, hardware, lr_range, models, policies
 from eva.checkpoints import load_weights, write_atomically, write_json
-from eva.config import RunConfig, UserError, to_dict
+from eva.config import RunConfig, UserError, collected, to_dict
 from eva.data import Dataset
 from eva.evaluate import evaluate
 from eva.loop import Training, fit, prepare
@@ -52,13 +53,47 @@ class Parts:
     hardware: hardware.Hardware
 
 
+def check_names(config: RunConfig) -> None:
+    """Builds what needs no data, so that a mistake is told before any data are fetched.
+
+    Raises:
+        UserError: Device, policy or model don't exist or don't do what is asked of them; all problems at once.
+    """
+    hardware.check_torch_pair()
+    problems: list[str] = []
+    with collected(problems):
+        hardware.choose_hardware(config)
+    with collected(problems):
+        policies.build_policy(config.policy, (0.5,) * 3, (0.25,) * 3, config.policy_options)
+    with collected(problems):
+        build_model(config, num_classes=10)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """Returns the model that `config` names, its weights drawn from torch's global generator.
+
+    Raises:
+        UserError: There is no such model, or it cannot do what is asked.
+    """
+    return models.build_model(
+        config.model,
+        num_classes=num_classes,
+        norm=config.norm,
+        ghost_splits=config.ghost_splits,
+        norm_groups=config.norm_groups,
+        dropout=config.dropout,
+        stage_strides=config.stage_strides,
+    )
+
+
 def build(config: RunConfig) -> Parts:
     """Loads the data and builds loaders, policy and model. Seeds python, numpy and torch on the way.
 
     Raises:
         UserError: The configuration names something that doesn't exist or doesn't fit.
     """
-    hardware.check_torch_pair()
     chosen = hardware.choose_hardware(config)
     dataset = data.load_dataset(config.data, Path(config.data_dir), progress=True)
     num_classes = len(dataset.classes)
@@ -71,15 +106,7 @@ def build(config: RunConfig) -> Parts:
     test_loader = data.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, config.workers)
     watched_loader = data.eval_loader(val, plain, EVAL_BATCH_SIZE, config.workers) if len(val) else test_loader
     hardware.seed_everything(config.seed, config.deterministic)
-    model = models.build_model(
-        config.model,
-        num_classes=num_classes,
-        norm=config.norm,
-        ghost_splits=config.ghost_splits,
-        norm_groups=config.norm_groups,
-        dropout=config.dropout,
-        stage_strides=config.stage_strides,
-    )
+    model = build_model(config, num_classes)
     return Parts(
         dataset=dataset,
         watched="val" if len(val) else "test",
@@ -107,6 +134,7 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
             config = with_found_rates(config, range_test(config, run))
             run.tracker.configure({"lr_min": config.lr_min, "lr_max": config.lr_max})
         write_config(run.folder, config)
+        write_json(run.folder / "policy.json", run.parts.policy.describe())
         describe_model(run)
         training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
         if resume:
@@ -203,8 +231,9 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     Raises:
         UserError: The run folder, the configuration or the data don't allow it. A folder made for it is removed.
     """
-    run_id, folder = reopen_run_folder(resume) if resume else make_run_folder(config)
     mode, remark = choose_mode(config.tracking)
+    check_names(config)
+    run_id, folder = reopen_run_folder(resume) if resume else make_run_folder(config)
     try:
         parts = build(config)
     except UserError:
@@ -221,13 +250,16 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
         "train_images": parts.train_loader.num_images,
         "parameters": models.count_parameters(parts.model),
         "selected_on": parts.watched,
+        "hardware": hardware.describe(parts.hardware),
         "wandb_id": run_id,
         "wandb_mode": mode,
     }
     facts = {
         **to_dict(config),
-        **{name: summary[name] for name in ("data_fingerprint", "train_images", "parameters", "selected_on")},
-        "hardware": hardware.describe(parts.hardware),
+        **{
+            name: summary[name]
+            for name in ("data_fingerprint", "train_images", "parameters", "selected_on", "hardware")
+        },
         "git_commit": git_commit(),
     }
     tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
@@ -322,19 +354,25 @@ def describe_model(run: Run) -> None:
 
 
 def range_test(config: RunConfig, run: Run) -> LrRange:
-    """Runs the range test, writes its curve to lr_range.csv and figures/lr_range.png, and logs both."""
-    parts = run.parts
+    """Runs the range test, writes its curve to lr_range.csv and figures/lr_range.png, and logs both.
+
+    Raises:
+        UserError: The curve, which is kept all the same, has no minimum that a range can be read off.
+    """
     print(f"range test: {config.find_lr_steps} steps from {config.find_lr_start:g} to {config.find_lr_end:g}")
-    found = lr_range.find_lr(config, parts.hardware, parts.model, parts.train_loader.loader)
-    curve = list(zip(found.lrs, found.losses, found.smoothed, strict=True))
+    curve = lr_range.record_curve(config, run.parts.hardware, run.parts.model, run.parts.train_loader)
+    rows = list(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
     with open(run.folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("lr", "loss", "smoothed"), *curve])
-    for lr, loss, smoothed in curve:
+        csv.writer(file).writerows([("lr", "loss", "smoothed"), *rows])
+    for lr, loss, smoothed in rows:
         run.tracker.log({"lr_range/lr": lr, "lr_range/loss": loss, "lr_range/smoothed": smoothed})
-    path = figures.save(figures.lr_range(found), run.folder / "figures" / "lr_range.png")
-    run.tracker.log_image("lr_range/curve", path)
-    rates = {"lr_min": found.lr_min, "lr_max": found.lr_max}
-    run.summary.update({**rates, "lr_rule": lr_range.RULE})
+    found = None
+    try:
+        found = lr_range.suggest(curve)
+    finally:
+        path = figures.save(figures.lr_range(curve, found), run.folder / "figures" / "lr_range.png")
+        run.tracker.log_image("lr_range/curve", path)
+    run.summary.update({"lr_min": found.lr_min, "lr_max": found.lr_max, "lr_rule": lr_range.RULE})
     print(f"range test: LR min {found.lr_min:.3g}, LR max {found.lr_max:.3g} ({lr_range.RULE})")
     return found
 
@@ -355,14 +393,15 @@ def with_found_rates(config: RunConfig, found: LrRange) -> RunConfig:
 def outcome(training: Training, parts: Parts, status: str) -> dict[str, Any]:
     """Returns what training came to, for the summary; the watched split's accuracies under its name."""
     now, config = training.progression, training.config
-    # Of the current epoch only the ended batches count.
-    images = parts.train_loader.num_images * now.epoch + now.epoch_images
+    # Only an epoch's last batch may be smaller.
+    epochs, batches = divmod(now.step, len(parts.train_loader))
+    images = parts.train_loader.num_images * epochs + config.batch_size * batches
     return {
         "status": status,
         "lr_min": config.lr_min,
         "lr_max": config.lr_max,
         f"{parts.watched}_accuracy_last": now.last_accuracy if now.epoch else None,
-        f"{parts.watched}_accuracy_best": now.best_accuracy if now.epoch else None,
+        f"{parts.watched}_accuracy_best": now.best_accuracy if now.best_epoch else None,
         "best_epoch": now.best_epoch,
         "epochs": now.epoch,
         "steps": now.step,

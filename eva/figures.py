@@ -9,10 +9,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from eva.lr_range import LrRange
+from eva.lr_range import LrCurve, LrRange
 from eva.schedules import Rates
 
 matplotlib.use("Agg")  # figures are files: no display is needed
@@ -32,6 +33,8 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
+    if x in ("epoch", "step"):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     return figure, axes
 
 
@@ -64,7 +67,8 @@ def lr_curve(steps: Sequence[float], rates: Sequence[Rates], title: str) -> Figu
     figure, axes = _axes(title, "step", "learning rate")
     lrs = [rate.lr for rate in rates]
     axes.plot(steps, lrs, color=TRAIN_COLOR)
-    for value, name in ((max(lrs), "highest"), (min(lrs), "lowest")):
+    bounds = {min(lrs): "lowest", max(lrs): "highest"} if max(lrs) > min(lrs) else {lrs[0]: "constant"}
+    for value, name in bounds.items():
         axes.axhline(value, color=MARK_COLOR, linestyle=":", linewidth=1)
         axes.annotate(f"{name} {value:.3g}", (steps[0], value), textcoords="offset points", xytext=(4, 4), fontsize=8)
     momenta = [rate.momentum for rate in rates]
@@ -75,19 +79,21 @@ def lr_curve(steps: Sequence[float], rates: Sequence[Rates], title: str) -> Figu
     return figure
 
 
-def lr_range(found: LrRange) -> Figure:
-    """Returns the range test's curve, raw and smoothed, with both rates marked."""
+def lr_range(curve: LrCurve, found: LrRange | None) -> Figure:
+    """Returns the range test's curve, raw and smoothed, with both rates marked if a range was found."""
     figure, axes = _axes("learning rate range test", "learning rate", "loss")
-    axes.plot(found.lrs, found.losses, color=TRAIN_COLOR, alpha=0.3, label="of each batch")
-    axes.plot(found.lrs, found.smoothed, color=TRAIN_COLOR, label="smoothed")
+    axes.plot(curve.lrs, curve.losses, color=TRAIN_COLOR, alpha=0.3, label="of each batch")
+    axes.plot(curve.lrs, curve.smoothed, color=TRAIN_COLOR, label="smoothed")
     axes.set_xscale("log")
     # The end of a diverging curve would flatten the part that matters.
-    low, first = min(found.smoothed), found.smoothed[0]
-    axes.set_ylim(low - 0.2 * (first - low), first + 0.5 * (first - low))
-    for rate, name in ((found.lr_min, "LR min"), (found.lr_max, "LR max")):
+    low, first = np.nanmin(curve.smoothed), curve.smoothed[0]
+    if low < first:
+        axes.set_ylim(low - 0.2 * (first - low), first + 0.5 * (first - low))
+    for rate, name in ((found.lr_min, "LR min"), (found.lr_max, "LR max")) if found else ():
         axes.axvline(rate, color=MARK_COLOR, linestyle="--", linewidth=1)
-        axes.annotate(f"{name} {rate:.3g} ", (rate, axes.get_ylim()[1]), va="top", ha="right", rotation=90)
-    axes.legend(loc="lower left")
+        at, offset = (rate, axes.get_ylim()[1]), (-3, -4)
+        axes.annotate(f"{name} {rate:.3g}", at, offset, textcoords="offset points", va="top", ha="right", rotation=90)
+    axes.legend()
     return figure
 
 

@@ -24,7 +24,7 @@ def check_torch_pair() -> None:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         try:
             found = f"torchvision {metadata.version('torchvision')}"
         except metadata.PackageNotFoundError:

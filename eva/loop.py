@@ -1,5 +1,6 @@
 """The training loop: read `fit` from top to bottom."""
 
+import copy
 import csv
 import math
 import time
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from eva.checkpoints import load_state, save_state, save_weights
-from eva.config import RunConfig
+from eva.checkpoints import load_state, save_state, save_weights, write_atomically
+from eva.config import RunConfig, UserError
 from eva.data import TrainLoader
 from eva.evaluate import Evaluation, evaluate
 from eva.hardware import Hardware, random_state, set_random_state
@@ -46,7 +47,7 @@ class Progression:
     epoch_images: int = 0
     # of the epochs that ended: the watched split's loss, by which plateau drops the rate
     losses: list[float] = field(default_factory=list)
-    best_accuracy: float = -1.0
+    best_accuracy: float = 0.0
     best_loss: float = math.inf
     best_epoch: int = 0
     last_accuracy: float = 0.0
@@ -59,7 +60,7 @@ class Training:
     config: RunConfig
     hardware: Hardware
     model: nn.Module
-    averaged: AveragedModel | None
+    averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     criterion: Criterion
@@ -69,7 +70,7 @@ class Training:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated and kept: the moving average of the weights if there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else self.averaged
 
     def save(self, path: Path) -> None:
         """Writes the complete state: model, optimizer, average, scaler, generators, position; the schedule is pure."""
@@ -89,29 +90,26 @@ class Training:
         """Restores what `save` wrote.
 
         Raises:
-            UserError: The file is missing, damaged or of another format.
+            UserError: The file is missing, damaged, of another format, or that of another configuration.
         """
         state = load_state(path)
-        self.model.load_state_dict(state["model"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progression = Progression(**state["progression"])
-        set_random_state(state["random"])
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.progression = Progression(**state["progression"])
+            set_random_state(state["random"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{str(path)!r} is the state of another configuration: {reason}") from None
 
 
 def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_epoch: int) -> Training:
     """Returns a training of `model`, moved to the device, at its first step. `lr_min` and `lr_max` are numbers."""
     model = model.to(hardware.device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
-    averaged = None
-    if config.ema_decay is not None:
-        averaged = AveragedModel(
-            model,
-            multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-            use_buffers=True,
-            device=hardware.device,
-        )
+    averaged = None if config.ema_decay is None else copy.deepcopy(model).requires_grad_(False)
     if config.compile:
         model.compile()
     return Training(
@@ -143,10 +141,26 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tens
         nn.utils.clip_grad_norm_(training.model.parameters(), training.config.grad_clip)
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    if training.averaged is not None:
-        training.averaged.update_parameters(training.model)
+    if training.averaged is not None and training.config.ema_decay is not None:
+        first = training.progression.step == 0
+        update_average(training.averaged, training.model, 0.0 if first else training.config.ema_decay)
     correct = (logits.detach().argmax(1) == labels).sum()
     return loss.detach(), correct
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Makes parameters and buffers of `average` decay * themselves + (1 - decay) * the model's; counters are copied.
+
+    torch's AveragedModel does the same, but waits for the device at every call to read how many there were.
+    """
+    ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average, model))
+    floats = [number for number, tensor in enumerate(ours) if tensor.is_floating_point()]
+    move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    move([ours[number] for number in floats], [theirs[number] for number in floats], None)
+    for counter, current in zip(ours, theirs, strict=True):
+        if not counter.is_floating_point():
+            counter.copy_(current)
 
 
 class BatchRows:
@@ -213,13 +227,17 @@ class Journal:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(rows)
 
     def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
-        """Drops the rows that a resumed run will write again."""
+        """Drops the rows that a resumed run will write again, and one that a crash cut short."""
         with open(self.path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if wanted(row)]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            rows = [row for row in csv.DictReader(file) if None not in row.values() and wanted(row)]
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.path, write)
 
 
 def fit(
@@ -240,7 +258,7 @@ def fit(
         watched: That split's name, val or test: the first part of its metrics' names.
         folder: Where history.csv, epochs.csv, best.safetensors and state.pt go.
         tracker: Gets one row a batch and one row an epoch.
-        stop_asked: Asked after every step; if it says yes, the state is saved and training ends.
+        stop_asked: Asked after every step and epoch; if it says yes, the state is saved and training ends.
 
     Returns:
         finished, diverged (a loss was not finite: the last logged one) or interrupted.
@@ -278,13 +296,13 @@ def fit(
                 diverged = log_batches(flushed, now, history, tracker, progress)
                 if diverged:
                     return "diverged"
-            if stops or (saves and not ends):
+            if ends:  # an epoch that is through is evaluated and saved before a wish to stop is granted
+                break
+            if stops or saves:
                 training.save(folder / "state.pt")
                 rows.restart_clock()
             if stops:
                 return "interrupted"
-            if ends:
-                break
 
         evaluation = evaluate(training.evaluated, watched_batches, training.hardware)
         end_epoch(now, evaluation)
@@ -299,6 +317,8 @@ def fit(
         training.save(folder / "state.pt")
         if not math.isfinite(evaluation.loss):
             return "diverged"
+        if stop_asked() and now.epoch < config.epochs and now.step < last_step:
+            return "interrupted"
     return "finished"
 
 
@@ -335,7 +355,7 @@ def end_epoch(now: Progression, evaluation: Evaluation) -> None:
     now.losses.append(evaluation.loss)
     now.last_accuracy = evaluation.accuracy
     # Of equally accurate epochs the one with the lower loss is better.
-    if (evaluation.accuracy, -evaluation.loss) > (now.best_accuracy, -now.best_loss):
+    if math.isfinite(evaluation.loss) and (evaluation.accuracy, -evaluation.loss) > (now.best_accuracy, -now.best_loss):
         now.best_accuracy, now.best_loss, now.best_epoch = evaluation.accuracy, evaluation.loss, now.epoch
 
 

@@ -3,16 +3,18 @@
 import contextlib
 import copy
 import io
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from eva.config import RunConfig, UserError
+from eva.data import TrainLoader
 from eva.hardware import Hardware, preserved_random_state
 from eva.optim import build_criterion, build_optimizer
 
@@ -21,28 +23,53 @@ MAX_DIVISOR = 2.0
 MIN_DIVISOR = 10.0
 # Width of the smoothing, as a share of the curve.
 SMOOTHING = 0.025
+# Losses above so many times the first one are smoothed as if they were that: how far the last one explodes says nothing
+# about where the minimum lies, and would move it by a factor of three.
+CEILING = 2.0
+# A loss of so many times the first one has diverged, and ends the test.
+DIVERGED = 4.0
+MIN_STEPS = 5
+
+
+@dataclass(frozen=True)
+class LrCurve:
+    """The losses (S,) of a range test, each before the step at its rate, over the rates (S,)."""
+
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def smoothed(self) -> tuple[float, ...]:
+        """The losses (S,), smoothed without lag; those after the first that is not finite are NaN."""
+        ends = _finite_length(self.losses)
+        losses = np.asarray(self.losses[:ends])
+        return (*smooth(np.minimum(losses, CEILING * losses[:1])).tolist(), *[math.nan] * (len(self.losses) - ends))
 
 
 @dataclass(frozen=True)
 class LrRange:
-    """A curve of losses over learning rates, raw and smoothed, all (S,), and the range that `RULE` reads off it."""
+    """The range that `RULE` reads off a curve."""
 
-    lrs: tuple[float, ...]
-    losses: tuple[float, ...]
-    smoothed: tuple[float, ...]
     lr_min: float
     lr_max: float
 
 
-def find_lr(config: RunConfig, hardware: Hardware, model: nn.Module, loader: DataLoader[object]) -> LrRange:
+class _Diverged(Exception):
+    pass
+
+
+def record_curve(config: RunConfig, hardware: Hardware, model: nn.Module, loader: TrainLoader) -> LrCurve:
     """Runs torch-lr-finder's exponential range test over the recipe's own batches, precision, loss and optimizer.
 
     The test (Smith 2017, arXiv 1506.01186) trains a copy of the model, so that the model, its batch norm statistics
-    and its gradients stay as they are; the random generators are given back as they were.
+    and its gradients stay as they are; the random generators are given back as they were. The loader begins at its
+    first epoch, so that another test gives the same curve. A loss that has diverged is the last one.
 
     Raises:
-        UserError: The curve has no usable minimum: it diverges at once, or still falls at `find_lr_end`.
+        UserError: There are too few steps for a curve.
     """
+    if config.find_lr_steps < MIN_STEPS:
+        raise UserError(f"find_lr_steps must be at least {MIN_STEPS}, but got find_lr_steps={config.find_lr_steps}")
     # Imported here as it costs a second, which most commands don't need to spend.
     from torch_lr_finder import LRFinder
 
@@ -52,10 +79,23 @@ def find_lr(config: RunConfig, hardware: Hardware, model: nn.Module, loader: Dat
         optimizer = build_optimizer(config, trial, fused=False)
         if config.grad_clip is not None:
             optimizer.register_step_pre_hook(partial(_clip, trial, config.grad_clip))
+        training_loss = build_criterion(config, trial)
+        lrs: list[float] = []
+        losses: list[float] = []
+
+        def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+            # Recorded here, as the finder's own stop compares with the best loss: one near zero would end the test.
+            loss = training_loss(logits, labels)
+            lrs.append(optimizer.param_groups[0]["lr"])
+            losses.append(loss.item())
+            if not losses[-1] <= DIVERGED * losses[0]:
+                raise _Diverged
+            return loss
+
         finder = LRFinder(
             trial,
             optimizer,
-            build_criterion(config, trial),
+            criterion,
             device=hardware.device,
             amp_backend="torch",
             amp_config={
@@ -67,15 +107,16 @@ def find_lr(config: RunConfig, hardware: Hardware, model: nn.Module, loader: Dat
         )
         # Its closing words name a method that is not ours, and its bar is for a terminal only.
         quiet_bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with contextlib.redirect_stdout(io.StringIO()), quiet_bar:
+        loader.start(0)
+        with contextlib.redirect_stdout(io.StringIO()), quiet_bar, contextlib.suppress(_Diverged):
             finder.range_test(
-                loader,
+                loader.loader,
                 start_lr=config.find_lr_start,
                 end_lr=config.find_lr_end,
                 num_iter=config.find_lr_steps,
-                smooth_f=0,  # its running mean lags behind by a whole decade of rates; `smooth` doesn't
+                diverge_th=math.inf,
             )
-    return suggest(np.asarray(finder.history["lr"]), np.asarray(finder.history["loss"]))
+    return LrCurve(tuple(lrs), tuple(losses))
 
 
 def _clip(model: nn.Module, limit: float, *_: object) -> None:
@@ -90,33 +131,30 @@ def smooth(values: np.ndarray, width: float = SMOOTHING) -> np.ndarray:
     return np.asarray(weights @ values / weights.sum(1))
 
 
-def suggest(lrs: np.ndarray, losses: np.ndarray) -> LrRange:
-    """Reads the range off a curve of raw losses over rising rates, both (S,) float64.
+def _finite_length(losses: Sequence[float]) -> int:
+    broken = np.flatnonzero(~np.isfinite(losses))
+    return int(broken[0]) if len(broken) else len(losses)
+
+
+def suggest(curve: LrCurve) -> LrRange:
+    """Reads the range off a curve.
 
     Raises:
         UserError: The curve has no minimum that a range can be read off.
     """
-    broken = np.flatnonzero(~np.isfinite(losses))
-    ends = int(broken[0]) if len(broken) else len(losses)
-    lrs, losses = lrs[:ends], losses[:ends]
-    smoothed = smooth(losses)
+    ends = _finite_length(curve.losses)
+    smoothed = np.asarray(curve.smoothed[:ends])
     lowest = int(np.argmin(smoothed)) if ends else 0
     # A twentieth of the first loss is within the noise between batches.
-    if ends < 5 or smoothed[0] - smoothed[lowest] < 0.05 * smoothed[0]:
+    if ends < MIN_STEPS or smoothed[0] - smoothed[lowest] < 0.05 * smoothed[0]:
         raise UserError(
             "the range test found no rate that lowers the loss: it diverges at once or learns nothing; "
             "choose a lower find_lr_start, or set lr_min and lr_max"
         )
-    if lowest == ends - 1 and not len(broken):
+    if lowest == len(curve.losses) - 1:
         raise UserError(
-            f"the range test's loss still falls at its last rate {lrs[-1]:.3g}: there is no minimum; "
+            f"the range test's loss still falls at its last rate {curve.lrs[-1]:.3g}: there is no minimum; "
             "choose a higher find_lr_end, or set lr_min and lr_max"
         )
-    lr_max = float(lrs[lowest]) / MAX_DIVISOR
-    return LrRange(
-        lrs=tuple(map(float, lrs)),
-        losses=tuple(map(float, losses)),
-        smoothed=tuple(map(float, smoothed)),
-        lr_min=lr_max / MIN_DIVISOR,
-        lr_max=lr_max,
-    )
+    lr_max = curve.lrs[lowest] / MAX_DIVISOR
+    return LrRange(lr_max / MIN_DIVISOR, lr_max)

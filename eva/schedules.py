@@ -22,8 +22,10 @@ Schedule = Callable[[int, Sequence[float]], Rates]
 def build_schedule(config: RunConfig, steps_per_epoch: int) -> Schedule:
     """Returns the schedule that `config` names, over `config.epochs` epochs of `steps_per_epoch` steps.
 
-    `lr_min` and `lr_max` must be numbers by now. Momentum falls to `momentum_min` where a cycle's rate is highest
-    (Smith 2018, arXiv 1803.09820) if that is given, and is constant otherwise.
+    `lr_min` and `lr_max` must be numbers by now. All rates lie between them, but for two schedules: the second leg of
+    cosine_onecycle ends at `lr_min` / 1e4, and step multiplies by `lr_factor` whatever `lr_min` says. Momentum falls
+    to `momentum_min` where a cycle's rate is highest (Smith 2018, arXiv 1803.09820) if that is given, and is constant
+    otherwise.
     """
     low, high = float(config.lr_min), float(config.lr_max)
     total = config.epochs * steps_per_epoch

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from eva.config import RunConfig
+from eva.config import RunConfig, UserError
 
 
 class Tracker:
@@ -92,8 +92,10 @@ class WandbTracker(Tracker):
 
     def __enter__(self) -> Self:
         # Payloads of artifacts wait in the data folder until they are uploaded: an offline run must carry them along.
-        for variable, folder in (("DATA", "data"), ("CACHE", "cache"), ("ARTIFACT", "artifacts")):
-            os.environ.setdefault(f"WANDB_{variable}_DIR", str(self._run_folder.absolute() / "wandb" / folder))
+        below = self._run_folder.absolute() / "wandb"
+        folders = {f"WANDB_{name.upper()}_DIR": str(below / name) for name in ("data", "cache", "artifact")}
+        self._set_here = [variable for variable in folders if variable not in os.environ]
+        os.environ.update({variable: folders[variable] for variable in self._set_here})
         import wandb
 
         self._wandb = wandb
@@ -126,6 +128,8 @@ class WandbTracker(Tracker):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)
+        for variable in self._set_here:  # the next run of this process has a folder of its own
+            os.environ.pop(variable, None)
 
     def configure(self, values: Mapping[str, Any]) -> None:
         self._run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
@@ -155,16 +159,22 @@ def choose_mode(tracking: str) -> tuple[str, str]:
     """Returns the W&B mode of a run (online, offline or disabled), and one line saying why, or nothing to say.
 
     "auto" follows WANDB_MODE where it is set; otherwise it is online if this machine knows an account's key.
+
+    Raises:
+        UserError: Online was asked for by name, but there is no account: wandb would ask for one.
     """
-    if tracking != "auto":
-        return tracking, ""
-    wish = os.environ.get("WANDB_MODE", "").lower()
-    wish = {"dryrun": "offline", "run": "online"}.get(wish, wish)
-    if wish in ("online", "offline", "disabled"):
-        return wish, f"W&B: {wish}, as WANDB_MODE says"
-    if _has_account():
-        return "online", ""
-    return "offline", "W&B: offline, as no account is set up here (`wandb login` sets one up)"
+    mode, remark = tracking, ""
+    if tracking == "auto":
+        wish = os.environ.get("WANDB_MODE", "").lower()
+        mode = {"dryrun": "offline", "run": "online"}.get(wish, wish)
+        if mode not in ("online", "offline", "disabled"):
+            if _has_account():
+                return "online", ""
+            return "offline", "W&B: offline, as no account is set up here (`wandb login` sets one up)"
+        remark = f"W&B: {mode}, as WANDB_MODE says"
+    if mode == "online" and not _has_account():
+        raise UserError("W&B online needs an account: run `wandb login`, or choose --tracking=offline")
+    return mode, remark
 
 
 def _has_account() -> bool:
@@ -176,8 +186,11 @@ def _has_account() -> bool:
     settings = wandb.setup().settings
     if settings.api_key:
         return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    server = urlsplit(settings.base_url).netloc
     try:
-        return netrc.netrc(path).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+        # wandb takes an entry for the old name of its public server for the new one too.
+        names = (server, "api.wandb.ai") if server == "api.forge.coreweave.com" else (server,)
+        return any(netrc.netrc(path).authenticators(name) for name in names)
     except (OSError, netrc.NetrcParseError):
         return False

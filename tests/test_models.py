@@ -150,9 +150,17 @@ def test_resnet9_computes_its_definition_written_as_functions() -> None:
     x = layer(x, pool=True)
     x = layer(x, pool=True)
     x = x + layer(layer(x))
-    expected = F.max_pool2d(x, 4).flatten(1) @ next(tensors).T
+    expected = F.max_pool2d(x, 4).flatten(1) @ next(tensors).T / 8
     assert next(tensors, None) is None
     close(model.eval()(images), expected)
+
+
+def test_resnet9_ends_with_an_eighth_of_the_linear_layers_output() -> None:
+    model = build_model("resnet9", num_classes=10)
+    outputs: list[Tensor] = []
+    model.get_submodule("fc").register_forward_hook(lambda *call: outputs.append(call[2]))
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert torch.equal(logits, outputs[0] / 8)  # a power of two: exact
 
 
 # torchvision
