@@ -75,7 +75,9 @@ def build_parser() -> Parser:
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
         settings = command.add_argument_group("settings", "in rising precedence: --recipe, --config, flags")
         for name, field in FIELDS.items():
-            alone = {"nargs": "?", "const": "true"} if bool in (TYPES[name], *get_args(TYPES[name])) else {}
+            alone: dict[str, Any] = (
+                {"nargs": "?", "const": "true"} if bool in (TYPES[name], *get_args(TYPES[name])) else {}
+            )
             settings.add_argument(
                 f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=_help(name, field), **alone
             )

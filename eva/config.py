@@ -29,12 +29,12 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Returns one line saying that `name` is no known `kind`, with the nearest known name and all of them."""
+def unknown_name(kind: str, name: str, known: Iterable[str], shown: Iterable[str] = ()) -> str:
+    """Returns one line saying that `name` is no known `kind`, with the nearest known name and all, or `shown`."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"unknown {kind} {name!r}{hint}; known: {', '.join(names)}"
+    return f"unknown {kind} {name!r}{hint}; known: {', '.join(shown or names)}"
 
 
 def option(default: Any, help: str, *, unit: str = "", choices: Iterable[str] = ()) -> Any:

@@ -106,7 +106,7 @@ def build_model(
         UserError: A name is unknown, a value is out of its range, or the model cannot do what is asked.
     """
     if name not in MODELS and name not in (names := model_names()):
-        raise UserError(unknown_name("model", name, names))
+        raise UserError(unknown_name("model", name, names, shown=(*MODELS, "torchvision/NAME")))
     if num_classes < 1:
         raise UserError(f"num_classes must be at least 1, but got num_classes={num_classes}")
     if not 0 <= dropout < 1:

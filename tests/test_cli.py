@@ -286,7 +286,7 @@ def small(**changes: Any) -> list[str]:
             ["--device=cpu", "--precision=fp16"],
             ["precision must be fp32, bf16 or auto on a CPU, but got precision='fp16'"],
         ),
-        (["--tracking=online"], ["tracking='online' needs a W&B account: "]),
+        (["--tracking=online"], ["W&B online needs an account: "]),
         (
             ["--project=a/b"],
             ["project must have at most 128 characters, and none of / \\ # ? % :, but got project='a/b'"],
@@ -501,7 +501,7 @@ def test_the_runners_are_the_commands(workplace: Path, command: str, clean_envir
     mistakes = ["--lr_maxx=1", "--epochs=many"]
     answers = [
         subprocess.run([*program, *mistakes], capture_output=True, text=True, env=clean_environment)
-        for program in ([BIN / "eva", command], [sys.executable, ROOT / "runners" / f"{command}.py"])
+        for program in ([str(BIN / "eva"), command], [sys.executable, str(ROOT / "runners" / f"{command}.py")])
     ]
     for answer in answers:
         assert answer.returncode == 2

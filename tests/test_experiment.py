@@ -22,7 +22,7 @@ from eva.experiment import build, find_lr, show_policy, show_schedule, stop_sign
 SUMMARY_KEYS = {
     *("status", "recipe", "data", "data_fingerprint", "train_images", "parameters", "selected_on"),
     *("wandb_id", "wandb_mode", "wandb_folder", "lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
-    *("best_epoch", "epochs", "steps", "seconds", "images_per_second"),
+    *("best_epoch", "epochs", "steps", "seconds", "images_per_second", "hardware"),
 }
 TEST_KEYS = {"test_accuracy_last", "test_accuracy_best", "test_loss_best"}
 
