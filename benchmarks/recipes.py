@@ -10,6 +10,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,33 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     folder = arguments.out / f"{name}-seed{seed}"
     summary: Mapping[str, Any] = read_summary(folder) if (folder / "summary.json").exists() else {}
+    config = configure(name, seed, folder, arguments)
+    before = stored_config(folder, config) if summary else None
+    if before is not None and before != config:
+        raise UserError(f"{str(folder)!r} holds a run with other settings; choose another --out, or remove it")
     if summary.get("status") in ("finished", "diverged"):
         print(f"{name}, seed {seed}: {summary['status']} before", flush=True)
     else:
-        config = configure(name, seed, folder, arguments)
         resume = folder if (folder / "state.pt").exists() else None
-        if resume:
+        if resume and before is not None:
             config, _ = resolve([Layer(f"run {folder}", read_yaml(folder / "config.yaml"))])
-        elif summary:  # cut off before there was anything to go on from
+        elif folder.exists():  # cut off before there was anything to go on from
             shutil.rmtree(folder)
         print(f"{name}, seed {seed}: {'going on' if resume else 'training'} in {folder}", flush=True)
         summary = train(config, resume).summary
     return {**summary, "seed": seed}
+
+
+def stored_config(folder: Path, config: RunConfig) -> RunConfig | None:
+    """Returns the settings that a run folder was made with, None if it was cut off before it held any.
+
+    A rate that `config` leaves to the range test counts as left to it there too.
+    """
+    if not (folder / "config.yaml").exists():
+        return None
+    stored, _ = resolve([Layer(f"run {folder}", read_yaml(folder / "config.yaml"))])
+    found = {name: "find" for name in ("lr_min", "lr_max") if getattr(config, name) == "find"}
+    return replace(stored, **found)  # type: ignore[arg-type]
 
 
 def row(name: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
@@ -108,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             outcomes.append(run(name, seed, arguments))
         except Exception as error:  # one recipe that fails must not cost the others
-            traceback.print_exc()
+            if isinstance(error, UserError):
+                print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
             outcomes.append({"recipe": name, "seed": seed, "status": "failed", "error": str(error)})
         (arguments.out / "recipes.md").write_text(table(names, outcomes) + "\n", encoding="utf-8")
         (arguments.out / "recipes.json").write_text(json.dumps(outcomes, indent=1), encoding="utf-8")

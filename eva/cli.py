@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"eva {arguments.command}: error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"eva {arguments.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def build_parser() -> Parser:
@@ -214,11 +217,11 @@ def print_result(result: Any) -> None:
         print(f"figure: {path}")
     if result.status == "interrupted":
         print(f"go on with: eva train --resume {result.folder}")
-    if summary.get("wandb_folder"):
-        print(f"W&B run ({summary['wandb_mode']}): {summary['wandb_folder']}")
-        print(f"  look at it: wandb leet {summary['wandb_folder']}")
+    for folder in summary["wandb_folders"]:  # a resumed run has one for each part
+        print(f"W&B run ({summary['wandb_mode']}): {folder}")
+        print(f"  look at it: wandb leet {folder}")
         if summary["wandb_mode"] == "offline":
-            print(f"  upload it:  wandb sync {summary['wandb_folder']}")
+            print(f"  upload it:  wandb sync {folder}")
 
 
 def print_recipes() -> None:

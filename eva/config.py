@@ -37,12 +37,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], shown: Iterable[str
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(shown or names)}"
 
 
-def option(default: Any, help: str, *, unit: str = "", choices: Iterable[str] = ()) -> Any:
-    """Returns a dataclass field with its help text, its unit and, where a list bounds it, its choices.
+def option(default: Any, help: str, *, unit: str = "") -> Any:
+    """Returns a dataclass field with its help text and its unit.
 
     A type as the default is called for each instance: mutable defaults are not shared.
     """
-    metadata = {"help": help, "unit": unit, "choices": tuple(choices)}
+    metadata = {"help": help, "unit": unit}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -130,7 +130,7 @@ class RunConfig:
     tracking: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "W&B mode; auto: online with an account, else offline"
     )
-    project: str = option("eva", "W&B project")
+    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, or eva")
     entity: str | None = option(None, "W&B entity (user or team)")
     group: str | None = option(None, "W&B group")
     name: str | None = option(None, "W&B display name")
@@ -177,9 +177,14 @@ def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str], list
     return values, sources, problems
 
 
+# Flags of the command line that are no settings: one that is misspelt arrives as an unknown setting.
+COMMAND_FLAGS = ("config", "list", "resume", "show_policy", "show_schedule")
+
+
 def unknown_setting(key: str) -> str:
     """Returns one line that names an unknown setting and the nearest known one."""
-    nearest = difflib.get_close_matches(key.partition(".")[0], FIELDS, n=1, cutoff=0.5)
+    name = key.partition(".")[0].replace("-", "_")
+    nearest = difflib.get_close_matches(name, (*FIELDS, *COMMAND_FLAGS), n=1, cutoff=0.6)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "; eva train --help lists the settings"
     return f"unknown setting {key!r}{hint}"
 
@@ -352,7 +357,7 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
     )
     # W&B refuses others, but only once the data are loaded.
     need(
-        len(config.project) <= 128 and not set(config.project) & set("/\\#?%:"),
+        config.project is None or (len(config.project) <= 128 and not set(config.project) & set("/\\#?%:")),
         "project must have at most 128 characters, and none of / \\ # ? % :",
         "project",
     )

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from eva import data, figures, hardware, lr_range, models, policies
-from eva.checkpoints import load_weights, write_atomically, write_json
+from eva.checkpoints import finite, load_weights, write_atomically, write_json
 from eva.config import RunConfig, UserError, collected, to_dict
 from eva.data import Dataset
 from eva.evaluate import evaluate
@@ -103,14 +103,17 @@ def build(config: RunConfig) -> Parts:
         train = data.limit(train, config.train_limit, num_classes)
     policy = policies.build_policy(config.policy, mean, std, config.policy_options)
     plain = policies.build_policy("test", mean, std)
-    test_loader = data.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, config.workers)
-    watched_loader = data.eval_loader(val, plain, EVAL_BATCH_SIZE, config.workers) if len(val) else test_loader
+    # --device=cpu on a machine with a GPU is a CPU all the same.
+    workers = 0 if config.workers is None and chosen.device.type == "cpu" else config.workers
+    # What is evaluated only once is not worth processes of its own.
+    test_loader = data.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers)
+    watched_loader = data.eval_loader(val, plain, EVAL_BATCH_SIZE, workers) if len(val) else test_loader
     hardware.seed_everything(config.seed, config.deterministic)
     model = build_model(config, num_classes)
     return Parts(
         dataset=dataset,
         watched="val" if len(val) else "test",
-        train_loader=data.train_loader(train, policy, config.batch_size, config.seed, config.workers),
+        train_loader=data.train_loader(train, policy, config.batch_size, config.seed, workers),
         watched_loader=watched_loader,
         test_loader=test_loader,
         policy=policy,
@@ -129,18 +132,18 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
     Raises:
         UserError: The configuration, the data or the run folder don't allow it.
     """
-    with open_run(config, "train", resume) as run, stop_signals() as stop_asked:
+    with open_run(config, "train", resume) as run:
         if "find" in (config.lr_min, config.lr_max):
             config = with_found_rates(config, range_test(config, run))
             run.tracker.configure({"lr_min": config.lr_min, "lr_max": config.lr_max})
         write_config(run.folder, config)
-        write_json(run.folder / "policy.json", run.parts.policy.describe())
         describe_model(run)
         training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
         if resume:
             training.load(run.folder / "state.pt")
         watched = run.parts.watched_loader, run.parts.watched
-        status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked)
+        with stop_signals() as stop_asked:
+            status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked)
         run.summary.update(outcome(training, run.parts, status))
         if status == "finished":
             run.summary.update(test_at_the_end(training, run.parts, run.folder))
@@ -149,7 +152,7 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         best = run.folder / "best.safetensors"
         if status != "interrupted" and best.exists():
             metadata = {"summary": run.summary, "config": to_dict(config)}
-            run.tracker.log_artifact(f"model-{run.run_id}", "model", best, metadata, ("best", "latest"))
+            run.tracker.log_artifact(f"model-{run.summary['wandb_id']}", "model", best, metadata, ("best", "latest"))
     return run.result()
 
 
@@ -213,7 +216,6 @@ def show_schedule(config: RunConfig, steps_per_epoch: int = 100) -> Path:
 class Run:
     """A run under way: what it builds on, where it writes, and its growing summary."""
 
-    run_id: str
     folder: Path
     parts: Parts
     tracker: Tracker
@@ -233,9 +235,13 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     """
     mode, remark = choose_mode(config.tracking)
     check_names(config)
-    run_id, folder = reopen_run_folder(resume) if resume else make_run_folder(config)
+    before = check_resumable(resume) if resume else {}
+    run_id, folder = (before["wandb_id"], resume) if resume else make_run_folder(config)
     try:
         parts = build(config)
+        policy = parts.policy.describe()
+        if resume:
+            check_unchanged(resume, before, parts.dataset.fingerprint, policy)
     except UserError:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -243,6 +249,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     if remark:
         print(remark)
     summary: dict[str, Any] = {
+        **before,
         "status": "running",
         "recipe": config.recipe,
         "data": config.data,
@@ -253,6 +260,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
         "hardware": hardware.describe(parts.hardware),
         "wandb_id": run_id,
         "wandb_mode": mode,
+        "wandb_folders": [],
     }
     facts = {
         **to_dict(config),
@@ -265,9 +273,15 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
     try:
         with tracker:
-            summary["wandb_folder"] = None if tracker.folder is None else str(tracker.folder)
+            if isinstance(tracker, WandbTracker):
+                summary["wandb_id"] = tracker.run_id
+                summary["wandb_folders"] = [*before.get("wandb_folders", []), str(tracker.folder)]
+            write_json(folder / "policy.json", policy)
             write_json(folder / "summary.json", summary)
-            yield Run(run_id, folder, parts, tracker, summary)
+            yield Run(folder, parts, tracker, summary)
+    except KeyboardInterrupt:
+        summary["status"] = "interrupted"
+        raise
     except BaseException:
         summary["status"] = "failed"
         raise
@@ -283,6 +297,8 @@ def make_run_folder(config: RunConfig) -> tuple[str, Path]:
     """
     alphabet = string.ascii_lowercase + string.digits
     run_id = os.environ.get("WANDB_RUN_ID") or "".join(secrets.choice(alphabet) for _ in range(8))
+    if set(run_id) & set("/\\#?%: "):
+        raise UserError(f"WANDB_RUN_ID must have none of / \\ # ? % : and blanks, but got {run_id!r}")
     folder = Path(config.out or Path("runs") / run_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,8 +311,8 @@ def make_run_folder(config: RunConfig) -> tuple[str, Path]:
     return run_id, folder
 
 
-def reopen_run_folder(folder: Path) -> tuple[str, Path]:
-    """Returns the run id of a run folder that can be gone on in, and the folder.
+def check_resumable(folder: Path) -> dict[str, Any]:
+    """Returns the summary of a run folder that can be gone on in.
 
     Raises:
         UserError: It is no run folder, its run ended, or it has no state to go on from.
@@ -308,7 +324,20 @@ def reopen_run_folder(folder: Path) -> tuple[str, Path]:
         raise UserError(
             f"the run in {str(folder)!r} has no state.pt: it ended before its first epoch did; start it anew"
         )
-    return summary["wandb_id"], folder
+    return summary
+
+
+def check_unchanged(folder: Path, before: Mapping[str, Any], fingerprint: str, policy: Mapping[str, Any]) -> None:
+    """Checks that a run goes on with the data and the policy that it began with.
+
+    Raises:
+        UserError: It would not.
+    """
+    if before.get("data_fingerprint") != fingerprint:
+        raise UserError(f"the data are not those that the run in {str(folder)!r} began with; start it anew")
+    path = folder / "policy.json"
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(finite(policy))):
+        raise UserError(f"the policy is not the one that the run in {str(folder)!r} began with; start it anew")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -336,9 +365,18 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the repository around the current folder, with "-dirty" if files differ; None if none."""
+    """Returns the commit of the repository that eva runs from, with "-dirty" if files differ; None without one."""
     try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        command = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty",
+            "--exclude=*",
+        ]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -461,6 +499,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: object) -> None:
         asked.set()
         restore()
+        print("stopping after this batch; once more to stop at once", flush=True)
 
     for number in previous:
         signal.signal(number, ask)

@@ -82,6 +82,8 @@ def choose_hardware(config: RunConfig) -> Hardware:
     name = _best_precision(device) if config.precision == "auto" else config.precision
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision must be fp32, bf16 or auto on a CPU, but got precision='fp16'")
+    if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        raise UserError("this GPU doesn't compute in bf16: precision must be fp16, fp32 or auto, but got 'bf16'")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     channels_last = config.channels_last
     if channels_last is None:
@@ -169,7 +171,7 @@ def preserved_random_state() -> Iterator[None]:
 def describe(hardware: Hardware) -> dict[str, Any]:
     """Returns what a run ran on: device, precision, memory format, processor, threads, versions."""
     cuda = hardware.device.type == "cuda"
-    names = (
+    libraries = (
         "torch",
         "torchvision",
         "albumentations",
@@ -186,7 +188,10 @@ def describe(hardware: Hardware) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("eva-sweeps", *libraries)},
+        },
     }
 
 

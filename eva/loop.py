@@ -45,6 +45,7 @@ class Progression:
     epoch_loss: float = 0.0
     epoch_correct: float = 0.0
     epoch_images: int = 0
+    epoch_seconds: float = 0.0
     # of the epochs that ended: the watched split's loss, by which plateau drops the rate
     losses: list[float] = field(default_factory=list)
     best_accuracy: float = 0.0
@@ -117,7 +118,7 @@ def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_e
         hardware=hardware,
         model=model,
         averaged=averaged,
-        optimizer=build_optimizer(config, model),
+        optimizer=build_optimizer(config, model, fused=hardware.autocast_dtype is not torch.float16),
         scaler=hardware.scaler(),
         criterion=build_criterion(config, model),
         schedule=build_schedule(config, steps_per_epoch),
@@ -313,7 +314,7 @@ def fit(
         if now.best_epoch == now.epoch:
             facts = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
             save_weights(folder / "best.safetensors", training.evaluated, facts)
-        now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images = 0, 0.0, 0.0, 0
+        now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
         training.save(folder / "state.pt")
         if not math.isfinite(evaluation.loss):
             return "diverged"
@@ -344,6 +345,7 @@ def log_batches(
         now.epoch_images += int(images)
         tracker.log(row)
     if rows:
+        now.epoch_seconds += rows[-1]["seconds"] - now.seconds
         now.seconds = rows[-1]["seconds"]
         progress.update(len(rows), rows[-1]["train/loss"], now.batch - 1, now.epoch_correct / now.epoch_images)
     return bool(rows) and not math.isfinite(rows[-1]["train/loss"])
@@ -362,13 +364,15 @@ def end_epoch(now: Progression, evaluation: Evaluation) -> None:
 def epoch_columns(watched: str) -> tuple[str, ...]:
     """Returns the columns of epochs.csv, which are the keys of an epoch's row."""
     of_watched = (f"{watched}/{name}" for name in ("loss", "accuracy", "accuracy_best", "epoch_best"))
-    return ("epoch", "trainer/step", "train_epoch/loss", "train_epoch/accuracy", *of_watched, "epoch_seconds")
+    of_train = (f"train_epoch/{name}" for name in ("loss", "accuracy", "seconds"))
+    return ("epoch", "trainer/step", *of_train, *of_watched)
 
 
 def epoch_row(now: Progression, evaluation: Evaluation, watched: str) -> dict[str, float]:
     """Returns the row of the epoch that just ended; `*_best` is the best so far, and never falls."""
     values = (
-        *(now.epoch, now.step - 1, now.epoch_loss / now.epoch_images, now.epoch_correct / now.epoch_images),
-        *(evaluation.loss, evaluation.accuracy, now.best_accuracy, now.best_epoch, now.seconds),
+        *(now.epoch, now.step - 1),
+        *(now.epoch_loss / now.epoch_images, now.epoch_correct / now.epoch_images, now.epoch_seconds),
+        *(evaluation.loss, evaluation.accuracy, now.best_accuracy, now.best_epoch),
     )
     return dict(zip(epoch_columns(watched), values, strict=True))

@@ -26,6 +26,8 @@ def build_optimizer(config: RunConfig, model: nn.Module, fused: bool = True) -> 
 
     The loop sets the learning rate and the momentum (AdamW: beta 1) of every step. SGD's decay is an L2 penalty;
     AdamW's is decoupled (arXiv 1711.05101). The fused kernels compute the same update in one pass over memory.
+    Under a gradient scaler `fused` must be false: torch's fused SGD takes uninitialized memory for its momentum if
+    the first scaled gradients overflow.
     """
     decayed, exempt = decayed_parameters(model, config.decay_norm_and_bias)
     groups = [

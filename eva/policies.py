@@ -322,7 +322,7 @@ def gallery(
 ) -> np.ndarray:
     """Returns a picture, uint8 (height, width, 3): for each class its first image and samples of the policy.
 
-    The samples are those that a run of this seed sees in its first `per_class` epochs.
+    The samples are the draws (seed, epoch, index in `images`) of the first `per_class` epochs.
 
     Args:
         images: uint8 (N, H, W, 3), RGB.

@@ -88,7 +88,7 @@ class WandbTracker(Tracker):
     ) -> None:
         self.mode = mode
         self._config, self._facts, self._job = config, facts, job
-        self._run_folder, self._run_id = run_folder, run_id
+        self._run_folder, self.run_id = run_folder, run_id
 
     def __enter__(self) -> Self:
         # Payloads of artifacts wait in the data folder until they are uploaded: an offline run must carry them along.
@@ -99,20 +99,26 @@ class WandbTracker(Tracker):
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
-            group=self._config.group,
-            job_type=self._job,
-            name=self._config.name,
-            tags=list(self._config.tags),
-            id=self._run_id,
-            resume="allow" if self.mode == "online" else None,
-            dir=str(self._run_folder),
-            mode=self.mode,  # type: ignore[arg-type]
-            config=dict(self._facts),
-            settings=wandb.Settings(silent=self.mode == "offline", quiet=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=self._config.project or os.environ.get("WANDB_PROJECT") or "eva",
+                entity=self._config.entity,
+                group=self._config.group,
+                job_type=self._job,
+                name=self._config.name,
+                tags=list(self._config.tags) or None,
+                id=self.run_id,
+                resume="allow" if self.mode == "online" else None,
+                dir=str(self._run_folder),
+                mode=self.mode,  # type: ignore[arg-type]
+                config=dict(self._facts),
+                settings=wandb.Settings(silent=self.mode == "offline", quiet=True),
+            )
+        except wandb.errors.Error as error:
+            self._forget_folders()
+            reason = " ".join(str(error).split())
+            raise UserError(f"W&B did not begin the run ({reason}); --tracking=offline needs no account") from None
+        self.run_id = self._run.id  # within a sweep wandb has the last word
         self.folder = Path(self._run.settings.sync_dir)
         self._run.define_metric("trainer/step", hidden=True)
         self._run.define_metric("epoch", hidden=True)
@@ -128,7 +134,10 @@ class WandbTracker(Tracker):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._run.finish(exit_code=0 if kind is None else 1)
-        for variable in self._set_here:  # the next run of this process has a folder of its own
+        self._forget_folders()
+
+    def _forget_folders(self) -> None:
+        for variable in self._set_here:  # the next run of this process has folders of its own
             os.environ.pop(variable, None)
 
     def configure(self, values: Mapping[str, Any]) -> None:

@@ -91,5 +91,5 @@ def offline_run(clean_environment: dict[str, str], tmp_path_factory: pytest.Temp
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "summary.json").read_text())
-    records = inspect(Path(summary["wandb_folder"]))
+    records = inspect(Path(summary["wandb_folders"][-1]))
     return OfflineRun(home, cwd, folder, done.stdout, done.stderr, summary, records)

@@ -21,7 +21,7 @@ from eva.experiment import build, find_lr, show_policy, show_schedule, stop_sign
 
 SUMMARY_KEYS = {
     *("status", "recipe", "data", "data_fingerprint", "train_images", "parameters", "selected_on"),
-    *("wandb_id", "wandb_mode", "wandb_folder", "lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
+    *("wandb_id", "wandb_mode", "wandb_folders", "lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
     *("best_epoch", "epochs", "steps", "seconds", "images_per_second", "hardware"),
 }
 TEST_KEYS = {"test_accuracy_last", "test_accuracy_best", "test_loss_best"}
@@ -76,8 +76,8 @@ def test_the_command_line_says_where_things_are(offline_run: OfflineRun) -> None
     for part in (
         f"run folder: {offline_run.folder}",
         f"figure: {offline_run.folder}/figures/loss.png",
-        f"wandb leet {offline_run.summary['wandb_folder']}",
-        f"wandb sync {offline_run.summary['wandb_folder']}",
+        f"wandb leet {offline_run.summary['wandb_folders'][-1]}",
+        f"wandb sync {offline_run.summary['wandb_folders'][-1]}",
         "lr_max = 0.05  (command line)",
     ):
         assert part in offline_run.stdout
@@ -91,7 +91,7 @@ def test_the_written_configuration_gives_the_same_run(offline_run: OfflineRun, t
     for name in ("history.csv", "epochs.csv"):
         ours, theirs = rows(tmp_path / "run" / name), rows(offline_run.folder / name)
         for row in (*ours, *theirs):
-            for clock in ("images_per_second", "seconds", "epoch_seconds"):
+            for clock in ("images_per_second", "seconds", "train_epoch/seconds"):
                 row.pop(clock, None)
         assert ours == theirs
     assert result.summary["test_loss_best"] == offline_run.summary["test_loss_best"]
@@ -287,8 +287,53 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
     assert [int(row["trainer/step"]) for row in rows(folder / "history.csv")] == list(range(60))
     logged = []
     for part in (interrupted, finished):
-        records = inspect(Path(part["wandb_folder"]))
+        records = inspect(Path(part["wandb_folders"][-1]))
         assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [0]
         items = [record["history"]["item"] for record in records if record["type"] == "history"]
         logged += [item["trainer/step"] for item in items if "train/loss" in item]
     assert logged == list(range(60))
+
+
+# What W&B and a changed world may not do to a run
+
+
+def test_a_bad_account_is_one_line_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "bad")
+    with pytest.raises(UserError, match=r"W&B did not begin the run .*40.* characters.*--tracking=offline") as caught:
+        train(make_config(tmp_path / "run", tracking="online"))
+    assert "\n" not in str(caught.value)
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_a_run_id_that_is_no_name_of_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_RUN_ID", "a/b:c d")
+    with pytest.raises(UserError, match=r"WANDB_RUN_ID must have none of .* but got 'a/b:c d'"):
+        find_lr(make_config(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_has_the_run_id_that_wandb_settled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")  # within a sweep wandb ignores an id that is not the agent's
+    result = show_policy(make_config(tmp_path / "run", tracking="offline", policy="digits"))
+    records = inspect(Path(result.summary["wandb_folders"][-1]))
+    (of_wandb,) = {record["run"]["run_id"] for record in records if record["type"] == "run"}
+    assert result.summary["wandb_id"] == of_wandb
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"train_limit": 60, "data": "other"}, "the data are not those"), ({"policy": "digits"}, "the policy is not")],
+)
+def test_a_run_does_not_go_on_with_other_data_or_another_policy(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(make_config(folder, epochs=2))
+    summary = json.loads((folder / "summary.json").read_text())
+    if settings.pop("data", None):
+        summary["data_fingerprint"] = "0" * 64
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    with pytest.raises(UserError, match=message):
+        train(make_config(folder, **settings), resume=folder)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"

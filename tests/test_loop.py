@@ -28,7 +28,7 @@ from eva.schedules import build_schedule
 from eva.tracker import RecordingTracker
 
 FP32 = Hardware(torch.device("cpu"), None, torch.contiguous_format)
-CLOCK = ("images_per_second", "seconds", "epoch_seconds")
+CLOCK = ("images_per_second", "seconds", "train_epoch/seconds")
 # One network and one optimizer in fp32, with other kernels: rounding, amplified over a few steps.
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
@@ -470,3 +470,12 @@ def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], mon
     assert "EPOCH= 2 Loss= 1.5000 Batch_id= 3 Accuracy= 50.00: 100%" in shown.err
     assert "4/4" in shown.err and "it/s" in shown.err
     assert shown.out == "val: loss 0.2500, accuracy 6/8 (75.00 %), epoch 2/3\n"
+
+
+def test_half_precision_trains_without_the_fused_optimizer() -> None:
+    # torch's fused SGD takes uninitialized memory for its momentum if the first scaled gradients overflow.
+    half = Hardware(torch.device("cpu"), torch.float16, torch.contiguous_format)
+    single = Hardware(torch.device("cpu"), None, torch.contiguous_format)
+    for hardware, fused in ((half, False), (single, True)):
+        training = prepare(make_config(), hardware, nn.Linear(2, 2), steps_per_epoch=1)
+        assert all(group["fused"] is fused for group in training.optimizer.param_groups)

@@ -44,7 +44,7 @@ def test_no_row_was_refused_for_its_step(offline_run: OfflineRun) -> None:
 
 def test_wandb_complains_about_nothing(offline_run: OfflineRun) -> None:
     assert offline_run.stderr == ""
-    log = (Path(offline_run.summary["wandb_folder"]) / "logs" / "debug.log").read_text()
+    log = (Path(offline_run.summary["wandb_folders"][-1]) / "logs" / "debug.log").read_text()
     assert "WARNING" not in log and "ERROR" not in log
 
 
@@ -72,7 +72,10 @@ def test_the_configuration_is_resolved_and_says_what_ran(offline_run: OfflineRun
     assert config["tags"] == ["a", "b"]
     assert config["hardware"]["versions"]["wandb"] and config["hardware"]["versions"]["torch"]
     assert config["hardware"]["precision"] == "fp32"
-    assert config["git_commit"] is None  # the run began outside any repository
+    head = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    assert (config["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
     assert config["data_fingerprint"] == offline_run.summary["data_fingerprint"]
     assert len(config["data_fingerprint"]) == 64
     assert config["parameters"] == offline_run.summary["parameters"] > 0
@@ -94,7 +97,7 @@ def test_the_best_weights_are_one_artifact_that_can_be_uploaded_later(offline_ru
 @pytest.mark.parametrize("key", ["model/summary", "figures/loss", "figures/accuracy", "figures/lr"])
 def test_table_and_figures_are_media(offline_run: OfflineRun, key: str) -> None:
     (row,) = offline_run.rows(f"{key}.path")
-    assert (Path(offline_run.summary["wandb_folder"]) / "files" / row[f"{key}.path"]).stat().st_size > 0
+    assert (Path(offline_run.summary["wandb_folders"][-1]) / "files" / row[f"{key}.path"]).stat().st_size > 0
 
 
 def test_the_run_ended_well_and_its_summary_says_so(offline_run: OfflineRun) -> None:
@@ -109,7 +112,7 @@ def test_the_run_ended_well_and_its_summary_says_so(offline_run: OfflineRun) -> 
 def test_all_of_wandbs_files_lie_below_the_run_folder(offline_run: OfflineRun) -> None:
     assert list(offline_run.cwd.iterdir()) == []
     assert [path for path in offline_run.home.rglob("*") if "wandb" in str(path.relative_to(offline_run.home))] == []
-    assert Path(offline_run.summary["wandb_folder"]).parent == offline_run.folder / "wandb"
+    assert Path(offline_run.summary["wandb_folders"][-1]).parent == offline_run.folder / "wandb"
 
 
 def test_the_key_of_the_account_is_in_no_file_and_on_no_screen(offline_run: OfflineRun) -> None:
