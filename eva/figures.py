@@ -23,9 +23,11 @@ TRAIN_COLOR, WATCHED_COLOR, MARK_COLOR = "tab:blue", "tab:orange", "tab:red"
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG, closes it and returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    finally:
+        plt.close(figure)
     return path
 
 

@@ -202,3 +202,10 @@ def test_a_picture_is_written_to_the_pixel(tmp_path: Path) -> None:
     path = figures.save_picture(picture, tmp_path / "new" / "picture.png")
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), picture)
+
+
+def test_a_figure_that_cannot_be_written_is_closed_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        figures.save(figures.lr_range(a_curve(), None), tmp_path / "file" / "figure.png")
+    assert not plt.get_fignums()
