@@ -99,8 +99,8 @@ _RECIPES = {
             "batch_size": 128,
             "epochs": 40,
             "schedule": "plateau",
-            # eva's range test (JPEG copy of CIFAR-10, bf16) gives no range here: over its 100 steps the loss falls by 3 %
-            # only, up to 0.0016, and rises from 0.0026 on. This stays below.
+            # eva's range test (JPEG copy of CIFAR-10, bf16) gives no range here: over its 100 steps the loss falls by
+            # 3 % only, up to 0.0016, and rises from 0.0026 on. This stays below.
             "lr_max": 0.001,
             "lr_min": 1e-5,
             # Four epochs without a better test loss come before the report's drop, after 29 epochs, and nowhere before.
