@@ -29,6 +29,10 @@ EXIT_INTERRUPTED = 130  # as shells report a program that SIGINT ended
 RESUME_SETTINGS = ("workers", "tracking")
 
 
+# Stands for the value of a flag that has none, until all mistakes are told together.
+MISSING: Any = object()
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, without the usage, which has a line for each of the settings."""
 
@@ -78,11 +82,13 @@ def build_parser() -> Parser:
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
         settings = command.add_argument_group("settings", "in rising precedence: --recipe, --config, flags")
         for name, field in FIELDS.items():
-            alone: dict[str, Any] = (
-                {"nargs": "?", "const": "true"} if bool in (TYPES[name], *get_args(TYPES[name])) else {}
-            )
             settings.add_argument(
-                f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=_help(name, field), **alone
+                f"--{name}",
+                nargs="?",
+                const="true" if bool in (TYPES[name], *get_args(TYPES[name])) else MISSING,
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=_help(name, field),
             )
     return parser
 
@@ -101,7 +107,7 @@ def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[Ru
         UserError: All problems at once, a line each.
     """
     layers = [Layer("command line", given_settings(arguments, unknown))]
-    problems: list[str] = []
+    problems = missing_values(arguments)
     if arguments.config is not None:
         with collected(problems):
             layers.insert(0, Layer(f"file {arguments.config}", read_yaml(arguments.config)))
@@ -116,9 +122,15 @@ def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[Ru
     return config, sources
 
 
+def missing_values(arguments: argparse.Namespace) -> list[str]:
+    """Returns a line for each flag that needs a value and has none."""
+    names = [name for name in FIELDS if getattr(arguments, name, None) is MISSING]
+    return [f"command line: {name} must be {describe_type(name)}, but got no value" for name in names]
+
+
 def given_settings(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, str]:
     """Returns the settings that the command line gives, as text."""
-    flags = {name: getattr(arguments, name) for name in FIELDS if hasattr(arguments, name)}
+    flags = {name: value for name in FIELDS if (value := getattr(arguments, name, MISSING)) is not MISSING}
     return {**flags, **loose_settings(unknown)}
 
 
@@ -172,11 +184,14 @@ def configure_again(
     Raises:
         UserError: It is no run folder, or a flag would change what the run computes.
     """
+    problems = missing_values(arguments)
     given = given_settings(arguments, unknown)
     changed = [name for name in given if name not in RESUME_SETTINGS] + ["config"] * (arguments.config is not None)
     if changed:
         known = " and ".join(RESUME_SETTINGS)
-        raise UserError(f"--resume goes on as the run began: only {known} may differ, but got {', '.join(changed)}")
+        problems.append(f"--resume goes on as the run began: only {known} may differ, but got {', '.join(changed)}")
+    if problems:
+        raise UserError("\n".join(problems))
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")

@@ -263,8 +263,15 @@ def small(**changes: Any) -> list[str]:
         (["--qqqqq"], ["command line: unknown setting 'qqqqq'; eva train --help lists the settings"]),
         (["--list", "--qqqqq"], ["command line: unknown setting 'qqqqq'; eva train --help lists the settings"]),
         (["--epochs=many"], ["command line: epochs must be a whole number, but got 'many'"]),
-        (["--epochs"], ["argument --epochs: expected one argument"]),
-        (["--name", "--epochs=30"], ["argument --name: expected one argument"]),
+        (["--epochs"], ["command line: epochs must be a whole number, but got no value"]),
+        (["--name", "--epochs=30"], ["command line: name must be text or none, but got no value"]),
+        (
+            ["--lr_max", "--bogus=1"],
+            [
+                "command line: lr_max must be a number or find, but got no value",
+                "command line: unknown setting 'bogus'",
+            ],
+        ),
         (["--lr_min=0.3"], ["lr_min must not be above lr_max, but got lr_min=0.3, lr_max=0.1"]),
         (["--config=none.yaml"], ["cannot read 'none.yaml': No such file or directory"]),
         (["--config="], ["cannot read '': "]),
