@@ -279,8 +279,9 @@ def test_an_impossible_value_is_told_with_the_rule(values: dict[str, Any], line:
 
 
 def test_rates_that_are_still_to_be_found_are_not_compared() -> None:
-    resolve([Layer("test", {"lr_min": 0.5, "lr_max": "find"})])
-    resolve([Layer("test", {"lr_min": "find", "lr_max": 1e-9})])
+    for rates in ({"lr_min": 0.5, "lr_max": "find"}, {"lr_min": "find", "lr_max": 1e-9}):
+        config, _ = resolve([Layer("test", rates)])
+        assert {"lr_min": config.lr_min, "lr_max": config.lr_max} == rates
 
 
 def test_all_problems_are_told_at_once() -> None:
