@@ -17,10 +17,16 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# Fast enough for two cores that only know fp32.
+# Four short runs, two of each norm, and the page that compares them. Fast enough for two cores that only know fp32.
+RUNS := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
 demo: install
-	$(BIN)/eva train --data=digits --policy=digits --model=resnet9 --epochs=6 --peak_epoch=2 --batch_size=64 \
-		--lr_min=find --lr_max=find --find_lr_steps=60 --tracking=offline
+	@set -e; for norm in batch layer; do for seed in 0 1; do \
+		echo "--- $$norm norm, seed $$seed"; \
+		$(BIN)/eva train --data=digits --policy=digits --model=resnet9 --norm=$$norm --seed=$$seed --epochs=4 --peak_epoch=1 \
+			--batch_size=64 --lr_min=find --lr_max=find --find_lr_steps=50 --tracking=offline --out=$(RUNS)/$$norm-$$seed; \
+	done; done
+	@echo "--- comparison"; $(BIN)/eva compare $(RUNS) --out=$(RUNS)
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from eva.config import Layer, RunConfig, UserError, read_yaml, resolve
-from eva.experiment import read_summary, train
+from eva.experiment import train
 from eva.recipes import RECIPES, recipe_layer
+from eva.run_folder import read_summary
 
 
 def configure(name: str, seed: int, folder: Path, arguments: argparse.Namespace) -> RunConfig:

@@ -1,8 +1,7 @@
 """Files that hold a model or a whole run: safetensors for weights, a weights-only torch file for the state."""
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eva.config import UserError
+from eva.files import finite, write_atomically
 
 STATE_FORMAT = 1
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, brings it to the disk and renames it to `path`.
-
-    A reader sees the old file or the new one, never a part of it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a mapping as JSON, atomically. Numbers that are not finite become null, as strict readers want."""
-    text = json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def finite(value: Any) -> Any:
-    """Returns plain values with NaN and infinities replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float) and not (-float("inf") < value < float("inf")):
-        return None
-    return value
 
 
 def save_weights(path: Path, model: nn.Module, facts: Mapping[str, Any]) -> None:
@@ -95,3 +63,22 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise UserError(f"{str(path)!r} is no state of this version of eva (format {STATE_FORMAT})")
     return state
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Returns the facts that `save_weights` wrote beside the weights, without reading these.
+
+    Raises:
+        UserError: The file is missing or damaged, or it has no facts: eva did not write it.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        facts = json.loads(metadata.get("eva", "null"))
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {str(path)!r}") from None
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(f"{str(path)!r} is not a readable checkpoint: {' '.join(str(error).split())}") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"{str(path)!r} is no checkpoint of eva: its metadata have no facts about a run")
+    return facts

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from eva import __version__
+from eva import __version__, recipes
 from eva.config import (
     FIELDS,
     TYPES,
@@ -18,7 +18,6 @@ from eva.config import (
     describe_type,
     read_yaml,
     resolve,
-    stands_for_none,
 )
 from eva.recipes import RECIPES, recipe_layer
 
@@ -78,8 +77,20 @@ def build_parser() -> Parser:
     train.add_argument("--resume", metavar="RUN_FOLDER", help="go on with an interrupted run")
     find_lr = commands.add_parser("find_lr", help="find the range of learning rates", allow_abbrev=False)
     find_lr.add_argument("--show_schedule", action="store_true", help="draw the schedule instead")
+    evaluate = commands.add_parser("evaluate", help="see what a trained model gets wrong", allow_abbrev=False)
+    evaluate.add_argument(
+        "target", metavar="TARGET", help="run folder, checkpoint file, or W&B artifact ENTITY/PROJECT/NAME:ALIAS"
+    )
+    compare = commands.add_parser("compare", help="compare runs in a table and a page", allow_abbrev=False)
+    compare.add_argument("targets", metavar="TARGET", nargs="+", help="run folder, folder of runs, or ENTITY/PROJECT")
+    compare.add_argument("--metric", help="what the runs are sorted by (default: the best accuracy that most have)")
+    compare.add_argument("--out", metavar="FOLDER", default="comparison", help="where the page goes (comparison)")
+    compare.add_argument("--publish", action="store_true", help="also make a W&B workspace view and a report")
+    compare.add_argument("--project", metavar="ENTITY/PROJECT", help="where to publish (that of the first such TARGET)")
+    compare.add_argument("--dry_run", action="store_true", help="write what --publish would make, and send nothing")
     for command in (train, find_lr):
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
+    for command in (train, find_lr, evaluate):
         settings = command.add_argument_group("settings", "in rising precedence: --recipe, --config, flags")
         for name, field in FIELDS.items():
             settings.add_argument(
@@ -106,17 +117,9 @@ def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[Ru
     Raises:
         UserError: All problems at once, a line each.
     """
-    layers = [Layer("command line", given_settings(arguments, unknown))]
     problems = missing_values(arguments)
-    if arguments.config is not None:
-        with collected(problems):
-            layers.insert(0, Layer(f"file {arguments.config}", read_yaml(arguments.config)))
-    recipe = next((layer.values["recipe"] for layer in reversed(layers) if "recipe" in layer.values), None)
-    if isinstance(recipe, str) and not stands_for_none(recipe):
-        with collected(problems):
-            layers.insert(0, recipe_layer(recipe))
     with collected(problems):
-        config, sources = resolve(layers)
+        config, sources = recipes.configure(Layer("command line", given_settings(arguments, unknown)), arguments.config)
     if problems:
         raise UserError("\n".join(problems))
     return config, sources
@@ -212,9 +215,52 @@ def run_find_lr(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     return 0
 
 
+def run_evaluate(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva evaluate`."""
+    from eva.checkpoint_evaluation import configure_evaluation, evaluate, open_checkpoint
+
+    problems = missing_values(arguments)
+    with open_checkpoint(arguments.target) as checkpoint:
+        with collected(problems):
+            given = Layer("command line", given_settings(arguments, unknown))
+            config, sources = configure_evaluation(checkpoint, given)
+        if problems:
+            raise UserError("\n".join(problems))
+        print_settings(config, sources)
+        print_result(evaluate(checkpoint, config))
+    return 0
+
+
+def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva compare`."""
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; eva compare --help lists all")
+    if arguments.dry_run and not arguments.publish:
+        raise UserError("--dry_run goes with --publish")
+    from eva import api, wandb_runs
+    from eva.comparison import table
+
+    named = [target for target in arguments.targets if wandb_runs.names_project(target) and not Path(target).exists()]
+    project = arguments.project or (named[0] if named else None)
+    if arguments.publish and project is None:
+        raise UserError("--publish needs a project to publish in: --project=ENTITY/PROJECT")
+    comparison = api.compare(*arguments.targets, metric=arguments.metric, out=arguments.out)
+    print(table(comparison))
+    print(f"data: {Path(arguments.out) / 'compare.json'}")
+    print(f"page: {Path(arguments.out) / 'compare.html'}")
+    if project is not None and arguments.publish:
+        from eva.publish import publish
+
+        for line in publish(comparison, project, Path(arguments.out), dry_run=arguments.dry_run):
+            print(line)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": run_train,
     "find_lr": run_find_lr,
+    "evaluate": run_evaluate,
+    "compare": run_compare,
 }
 
 
@@ -227,15 +273,27 @@ def print_result(result: Any) -> None:
             last, best = (100 * summary[f"{split}_accuracy_{which}"] for which in ("last", "best"))
             chosen = f"best: {best:.2f} %, selected on {summary['selected_on']}, epoch {summary['best_epoch']}"
             print(f"{split} accuracy: last {last:.2f} %, {chosen}")
+    evaluation = summary.get("evaluation", {})
+    if evaluation:
+        tops = ", ".join(f"top-{k} {100 * share:.2f} %" for k, share in evaluation["top_k"].items() if k != "1")
+        wrong = evaluation["count"] - round(evaluation["accuracy"] * evaluation["count"])
+        # Of logits that are not finite there are none.
+        loss, ece = ("none" if evaluation[name] is None else f"{evaluation[name]:.4f}" for name in ("loss", "ece"))
+        print(
+            f"evaluated on {evaluation['split']}: accuracy {100 * evaluation['accuracy']:.2f} % "
+            f"({wrong:,} of {evaluation['count']:,} wrong), {tops}{', ' if tops else ''}loss {loss}, "
+            f"ECE {ece}{', with flips' if evaluation['tta'] == 'flip' else ''}"
+        )
     print(f"run folder: {result.folder}")
     for path in sorted((result.folder / "figures").glob("*.png")):
         print(f"figure: {path}")
     if result.status == "interrupted":
         print(f"go on with: eva train --resume {result.folder}")
-    for folder in summary["wandb_folders"]:  # a resumed run has one for each part
-        print(f"W&B run ({summary['wandb_mode']}): {folder}")
+    tracked = evaluation if "wandb_folders" in evaluation else summary
+    for folder in tracked["wandb_folders"]:  # a resumed run has one for each part
+        print(f"W&B run ({tracked['wandb_mode']}): {folder}")
         print(f"  look at it: wandb leet {folder}")
-        if summary["wandb_mode"] == "offline":
+        if tracked["wandb_mode"] == "offline":
             print(f"  upload it:  wandb sync {folder}")
 
 

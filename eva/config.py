@@ -114,6 +114,14 @@ class RunConfig:
     find_lr_end: float = option(10.0, "last learning rate of the range test")
     find_lr_steps: int = option(100, "steps of the range test", unit="steps")
 
+    # evaluation
+    evaluate: bool = option(True, "evaluate the best weights at the end: predictions, galleries, tables")
+    split: Literal["test", "val", "train"] = option("test", "split that is evaluated at the end")
+    tta: Literal["none", "flip"] = option("none", "test-time augmentation; flip: mean logits of image and mirror image")
+    gallery_size: int = option(25, "images in a gallery", unit="images")
+    gradcam_layers: tuple[str, ...] = option((), "layers of Grad-CAM, the last for galleries; default: the last four")
+    table_rows: int = option(500, "rows of W&B's table of misclassified images, the highest losses", unit="rows")
+
     # hardware
     device: str = option("auto", "auto, cpu, cuda, or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
@@ -309,6 +317,10 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
     for name in ("epochs", "batch_size", "ghost_splits", "norm_groups", "patience"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1", name)
     need(config.find_lr_steps >= 5, "find_lr_steps must be at least 5", "find_lr_steps")
+    need(0 <= config.gallery_size <= 400, "gallery_size must be in [0, 400]", "gallery_size")
+    # W&B takes no more rows in a logged table.
+    need(0 <= config.table_rows <= 10_000, "table_rows must be in [0, 10000]", "table_rows")
+    need(config.split != "val" or config.val_fraction > 0, "split=val needs a val_fraction above 0", "val_fraction")
     for name in ("max_steps", "train_limit", "save_steps"):
         value = getattr(config, name)
         need(value is None or value >= 1, f"{name} must be at least 1 or none", name)

@@ -90,7 +90,9 @@ class Dataset:
     fingerprint: str
 
 
-def load_dataset(data: str, data_dir: Path, *, workers: int | None = None, progress: bool = False) -> Dataset:
+def load_dataset(
+    data: str, data_dir: Path = Path("data"), *, workers: int | None = None, progress: bool = False
+) -> Dataset:
     """Loads a data set into memory.
 
     Args:

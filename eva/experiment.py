@@ -2,28 +2,29 @@
 
 import contextlib
 import csv
-import json
-import os
-import secrets
 import signal
-import string
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
-from eva import data, figures, hardware, lr_range, models, policies
-from eva.checkpoints import finite, load_weights, write_atomically, write_json
+from eva import data, evaluation, figures, hardware, inspection, lr_range, models, policies
+from eva.checkpoints import load_weights
 from eva.config import RunConfig, UserError, collected, to_dict
-from eva.data import Dataset
-from eva.evaluate import evaluate
+from eva.data import Dataset, Split
+from eva.files import write_json
 from eva.loop import Training, fit, prepare
 from eva.lr_range import LrRange
+from eva.run_folder import (
+    check_resumable,
+    check_unchanged,
+    git_commit,
+    make_run_folder,
+    write_config,
+)
 from eva.schedules import Rates, build_schedule
 from eva.tracker import Tracker, WandbTracker, choose_mode
 
@@ -44,6 +45,9 @@ class Parts:
     """What a configuration names, built: data, loaders, model, hardware."""
 
     dataset: Dataset
+    splits: Mapping[str, Split]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     watched: str
     train_loader: data.TrainLoader
     watched_loader: Any
@@ -112,6 +116,9 @@ def build(config: RunConfig) -> Parts:
     model = build_model(config, num_classes)
     return Parts(
         dataset=dataset,
+        splits={"train": train, "val": val, "test": dataset.test},
+        mean=mean,
+        std=std,
         watched="val" if len(val) else "test",
         train_loader=data.train_loader(train, policy, config.batch_size, config.seed, workers),
         watched_loader=watched_loader,
@@ -139,6 +146,7 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         write_config(run.folder, config)
         describe_model(run)
         training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
+        training.facts = checkpoint_facts(config, run)
         if resume:
             training.load(run.folder / "state.pt")
         watched = run.parts.watched_loader, run.parts.watched
@@ -152,7 +160,11 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         best = run.folder / "best.safetensors"
         if status != "interrupted" and best.exists():
             metadata = {"summary": run.summary, "config": to_dict(config)}
-            run.tracker.log_artifact(f"model-{run.summary['wandb_id']}", "model", best, metadata, ("best", "latest"))
+            artifact = f"model-{run.summary['wandb_id']}"
+            run.tracker.log_artifact(artifact, "model", [best], metadata, ("best", "latest"))
+        if status == "finished" and config.evaluate:
+            run.summary.update(inspect_best(config, training, run))
+            run.tracker.summarize(run.summary)
     return run.result()
 
 
@@ -251,6 +263,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     summary: dict[str, Any] = {
         **before,
         "status": "running",
+        "job": job,
         "recipe": config.recipe,
         "data": config.data,
         "data_fingerprint": parts.dataset.fingerprint,
@@ -278,109 +291,18 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
                 summary["wandb_folders"] = [*before.get("wandb_folders", []), str(tracker.folder)]
             write_json(folder / "policy.json", policy)
             write_json(folder / "summary.json", summary)
-            yield Run(folder, parts, tracker, summary)
-    except KeyboardInterrupt:
-        summary["status"] = "interrupted"
-        raise
+            try:
+                yield Run(folder, parts, tracker, summary)
+            except BaseException as error:
+                summary["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                tracker.summarize(summary)
+                raise
     except BaseException:
-        summary["status"] = "failed"
+        if summary["status"] == "running":  # W&B did not begin the run
+            summary["status"] = "failed"
         raise
     finally:
         write_json(folder / "summary.json", summary)
-
-
-def make_run_folder(config: RunConfig) -> tuple[str, Path]:
-    """Returns a run id, W&B's if an agent chose it, and the new run folder, which holds nothing yet.
-
-    Raises:
-        UserError: The folder can't be made, or holds something.
-    """
-    alphabet = string.ascii_lowercase + string.digits
-    run_id = os.environ.get("WANDB_RUN_ID") or "".join(secrets.choice(alphabet) for _ in range(8))
-    if set(run_id) & set("/\\#?%: "):
-        raise UserError(f"WANDB_RUN_ID must have none of / \\ # ? % : and blanks, but got {run_id!r}")
-    folder = Path(config.out or Path("runs") / run_id)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"run folder {str(folder)!r} is read-only; choose another --out")
-    except OSError as error:
-        raise UserError(f"cannot make run folder {str(folder)!r}: {error.strerror}; choose another --out") from None
-    return run_id, folder
-
-
-def check_resumable(folder: Path) -> dict[str, Any]:
-    """Returns the summary of a run folder that can be gone on in.
-
-    Raises:
-        UserError: It is no run folder, its run ended, or it has no state to go on from.
-    """
-    summary = read_summary(folder)
-    if summary.get("status") in ("finished", "diverged"):
-        raise UserError(f"the run in {str(folder)!r} has ended (status {summary['status']!r}): nothing to resume")
-    if not (folder / "state.pt").exists():
-        raise UserError(
-            f"the run in {str(folder)!r} has no state.pt: it ended before its first epoch did; start it anew"
-        )
-    return summary
-
-
-def check_unchanged(folder: Path, before: Mapping[str, Any], fingerprint: str, policy: Mapping[str, Any]) -> None:
-    """Checks that a run goes on with the data and the policy that it began with.
-
-    Raises:
-        UserError: It would not.
-    """
-    if before.get("data_fingerprint") != fingerprint:
-        raise UserError(f"the data are not those that the run in {str(folder)!r} began with; start it anew")
-    path = folder / "policy.json"
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(finite(policy))):
-        raise UserError(f"the policy is not the one that the run in {str(folder)!r} began with; start it anew")
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Returns a run folder's summary.
-
-    Raises:
-        UserError: The folder holds no readable summary.json of a run.
-    """
-    path = folder / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{str(folder)!r} is no run folder: it has no summary.json") from None
-    except ValueError:
-        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
-    if not isinstance(summary, dict) or "wandb_id" not in summary:
-        raise UserError(f"{str(path)!r} is no summary of a run: it has no wandb_id")
-    return summary
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Writes config.yaml, which `--config` and `--resume` read."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    write_atomically(folder / "config.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def git_commit() -> str | None:
-    """Returns the commit of the repository that eva runs from, with "-dirty" if files differ; None without one."""
-    try:
-        command = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--abbrev=40",
-            "--dirty",
-            "--exclude=*",
-        ]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
 
 
 def describe_model(run: Run) -> None:
@@ -410,9 +332,22 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
     finally:
         path = figures.save(figures.lr_range(curve, found), run.folder / "figures" / "lr_range.png")
         run.tracker.log_image("lr_range/curve", path)
-    run.summary.update({"lr_min": found.lr_min, "lr_max": found.lr_max, "lr_rule": lr_range.RULE})
+    asked = [name for name in ("lr_min", "lr_max") if getattr(config, name) == "find"]
+    run.summary.update({"lr_min": found.lr_min, "lr_max": found.lr_max, "lr_rule": lr_range.RULE, "found": asked})
     print(f"range test: LR min {found.lr_min:.3g}, LR max {found.lr_max:.3g} ({lr_range.RULE})")
     return found
+
+
+def checkpoint_facts(config: RunConfig, run: Run) -> dict[str, Any]:
+    """Returns what a checkpoint needs beside its weights to be evaluated anywhere: settings, classes, statistics."""
+    return {
+        "config": to_dict(config),
+        "run": run.summary["wandb_id"],
+        "classes": list(run.parts.dataset.classes),
+        "mean": list(run.parts.mean),
+        "std": list(run.parts.std),
+        "data_fingerprint": run.parts.dataset.fingerprint,
+    }
 
 
 def with_found_rates(config: RunConfig, found: LrRange) -> RunConfig:
@@ -452,16 +387,33 @@ def test_at_the_end(training: Training, parts: Parts, folder: Path) -> dict[str,
     """Returns test's accuracies of the last weights and of the best on val; none where test was watched all along."""
     if parts.watched == "test":
         return {}
-    last = evaluate(training.evaluated, parts.test_loader, parts.hardware)
+    last = evaluation.evaluate(training.evaluated, parts.test_loader, parts.hardware)
     best = last
     if training.progression.best_epoch != training.progression.epoch:
         load_weights(folder / "best.safetensors", training.evaluated)
-        best = evaluate(training.evaluated, parts.test_loader, parts.hardware)
+        best = evaluation.evaluate(training.evaluated, parts.test_loader, parts.hardware)
     return {
         "test_accuracy_last": last.accuracy,
         "test_accuracy_best": best.accuracy,
         "test_loss_best": best.loss,
     }
+
+
+def inspect_best(config: RunConfig, training: Training, run: Run) -> dict[str, Any]:
+    """Evaluates the best weights as `eva evaluate` does; returns what the summary says of it."""
+    load_weights(run.folder / "best.safetensors", training.evaluated)
+    parts, run_id = run.parts, run.summary["wandb_id"]
+    split = parts.splits[config.split]
+    plain = policies.build_policy("test", parts.mean, parts.std)
+    batches = data.eval_loader(split, plain, EVAL_BATCH_SIZE, 0)
+    dataset = parts.dataset
+    found = inspection.inspect(
+        training.evaluated, split, batches, config, parts.hardware, dataset.classes, dataset.fingerprint
+    )
+    entries = inspection.write(found, run.folder)
+    source = {"checkpoint": f"model-{run_id}:best", "checkpoint_of": run_id, "into": run_id}
+    inspection.log(found, run.folder, run.tracker, run_id, source)
+    return entries
 
 
 def draw_curves(run: Run) -> None:

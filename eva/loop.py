@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from eva.checkpoints import load_state, save_state, save_weights, write_atomically
+from eva.checkpoints import load_state, save_state, save_weights
 from eva.config import RunConfig, UserError
 from eva.data import TrainLoader
-from eva.evaluate import Evaluation, evaluate
+from eva.evaluation import Evaluation, evaluate
+from eva.files import write_atomically
 from eva.hardware import Hardware, random_state, set_random_state
 from eva.optim import Criterion, build_criterion, build_optimizer, set_rates
 from eva.progress import Progress
@@ -67,6 +68,7 @@ class Training:
     criterion: Criterion
     schedule: Schedule
     progression: Progression
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint says about itself beside its metrics
 
     @property
     def evaluated(self) -> nn.Module:
@@ -312,8 +314,8 @@ def fit(
         tracker.log(row)
         progress.end_epoch(watched, evaluation)
         if now.best_epoch == now.epoch:
-            facts = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
-            save_weights(folder / "best.safetensors", training.evaluated, facts)
+            metrics = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
+            save_weights(folder / "best.safetensors", training.evaluated, {**training.facts, **metrics})
         now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
         training.save(folder / "state.pt")
         if not math.isfinite(evaluation.loss):

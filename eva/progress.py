@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eva.evaluate import Evaluation
+from eva.evaluation import Evaluation
 
 # Without a terminal: at most one line of batches in so many seconds.
 LINE_SECONDS = 30.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from eva.config import Layer, UserError, unknown_name
+from eva.config import Layer, RunConfig, UserError, collected, read_yaml, resolve, stands_for_none, unknown_name
 
 
 @dataclass(frozen=True)
@@ -138,3 +138,28 @@ def recipe_layer(name: str) -> Layer:
     if name not in RECIPES:
         raise UserError(unknown_name("recipe", name, RECIPES))
     return Layer(f"recipe {name}", {"recipe": name, **RECIPES[name].settings})
+
+
+def configure(given: Layer, file: str | None = None) -> tuple[RunConfig, dict[str, str]]:
+    """Returns the configuration that recipe, file and given settings make, and the source of each setting they gave.
+
+    Args:
+        given: Settings that win over those of the file, which win over those of the recipe that either names.
+        file: A YAML file of settings.
+
+    Raises:
+        UserError: All problems at once, a line each.
+    """
+    layers, problems = [given], list[str]()
+    if file is not None:
+        with collected(problems):
+            layers.insert(0, Layer(f"file {file}", read_yaml(file)))
+    recipe = next((layer.values["recipe"] for layer in reversed(layers) if "recipe" in layer.values), None)
+    if isinstance(recipe, str) and not stands_for_none(recipe):
+        with collected(problems):
+            layers.insert(0, recipe_layer(recipe))
+    with collected(problems):
+        config, sources = resolve(layers)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config, sources

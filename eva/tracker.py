@@ -4,12 +4,32 @@ import html
 import netrc
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eva.config import RunConfig, UserError
+
+Picture = NDArray[np.uint8]
+Names = Sequence[str]
+Lines = Mapping[str, Sequence[float]]
+
+# What W&B shows of the pictures under one key, and of the rows of a logged table.
+MAX_IMAGES = 108
+MAX_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values and pictures (uint8 RGB arrays), under the same columns in every run."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
 
 
 class Tracker:
@@ -38,10 +58,40 @@ class Tracker:
     def log_text(self, key: str, text: str) -> None:
         """Logs preformatted text under a key."""
 
-    def log_artifact(
-        self, name: str, kind: str, path: Path, metadata: Mapping[str, Any], aliases: Sequence[str]
+    def log_images(self, key: str, images: Sequence[tuple[Picture, str]]) -> None:
+        """Logs pictures with their captions under one key, if there are any; W&B shows the first 108."""
+
+    def log_table(self, key: str, table: Table) -> None:
+        """Logs a table under a key."""
+
+    def log_confusion_matrix(self, key: str, labels: Sequence[int], predicted: Sequence[int], classes: Names) -> None:
+        """Logs W&B's own chart of a confusion matrix, from the class indices of every image."""
+
+    def log_lines(
+        self, key: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], title: str, of: str
     ) -> None:
-        """Logs a file as a versioned artifact of type `kind`, with `aliases`."""
+        """Logs W&B's own chart of named lines over the same x, whose axis is called `of`."""
+
+    def log_bars(self, key: str, bars: Mapping[str, float], title: str, of: Names) -> None:
+        """Logs W&B's own chart of named bars; `of` names what the bars are and what their length is."""
+
+    def log_artifact(
+        self,
+        name: str,
+        kind: str,
+        paths: Sequence[Path],
+        metadata: Mapping[str, Any],
+        aliases: Sequence[str],
+        tables: Mapping[str, Table] | None = None,
+    ) -> None:
+        """Logs files, and tables by name, as a versioned artifact of type `kind`, with `aliases`."""
+
+    def use_artifact(self, name: str) -> bool:
+        """Tells W&B that this run builds on an artifact (NAME:ALIAS); returns whether it could be told.
+
+        Offline there is no way to tell.
+        """
+        return False
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Sets values of the run's summary."""
@@ -56,6 +106,7 @@ class RecordingTracker(Tracker):
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.keys: list[str] = []
+        self.tables: dict[str, Table] = {}
 
     def log(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
@@ -66,8 +117,32 @@ class RecordingTracker(Tracker):
     def log_text(self, key: str, text: str) -> None:
         self.keys.append(key)
 
+    def log_images(self, key: str, images: Sequence[tuple[Picture, str]]) -> None:
+        self.keys.append(key)
+
+    def log_table(self, key: str, table: Table) -> None:
+        self.keys.append(key)
+        self.tables[key] = table
+
+    def log_confusion_matrix(self, key: str, labels: Sequence[int], predicted: Sequence[int], classes: Names) -> None:
+        self.keys.append(key)
+
+    def log_lines(
+        self, key: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], title: str, of: str
+    ) -> None:
+        self.keys.append(key)
+
+    def log_bars(self, key: str, bars: Mapping[str, float], title: str, of: Names) -> None:
+        self.keys.append(key)
+
     def log_artifact(
-        self, name: str, kind: str, path: Path, metadata: Mapping[str, Any], aliases: Sequence[str]
+        self,
+        name: str,
+        kind: str,
+        paths: Sequence[Path],
+        metadata: Mapping[str, Any],
+        aliases: Sequence[str],
+        tables: Mapping[str, Table] | None = None,
     ) -> None:
         self.keys.append(name)
 
@@ -105,7 +180,8 @@ class WandbTracker(Tracker):
                 entity=self._config.entity,
                 group=self._config.group,
                 job_type=self._job,
-                name=self._config.name,
+                # A folder that somebody named is a better name than the two words that W&B would draw.
+                name=self._config.name or (Path(self._config.out).name if self._config.out else None),
                 tags=list(self._config.tags) or None,
                 id=self.run_id,
                 resume="allow" if self.mode == "online" else None,
@@ -153,12 +229,67 @@ class WandbTracker(Tracker):
         # Escaped, so that no markup in it is executed.
         self._run.log({key: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)})
 
+    def log_images(self, key: str, images: Sequence[tuple[Picture, str]]) -> None:
+        if images:  # an empty list would be logged as a value of another kind
+            shown = [self._wandb.Image(picture, caption=caption) for picture, caption in images[:MAX_IMAGES]]
+            self._run.log({key: shown})
+
+    def log_table(self, key: str, table: Table) -> None:
+        self._run.log({key: self._table(table)})
+
+    def _table(self, table: Table) -> Any:
+        # One file a picture: JPEG for those that are larger than an image of the data, lossless for these.
+        def cell(value: Any) -> Any:
+            if not isinstance(value, np.ndarray):
+                return value
+            return self._wandb.Image(value, file_type="png" if len(value) <= 32 else "jpg")
+
+        return self._wandb.Table(
+            columns=list(table.columns), data=[[cell(value) for value in row] for row in table.rows]
+        )
+
+    def log_confusion_matrix(self, key: str, labels: Sequence[int], predicted: Sequence[int], classes: Names) -> None:
+        chart = self._wandb.plot.confusion_matrix(
+            y_true=list(labels), preds=list(predicted), class_names=list(classes), title="confusion matrix"
+        )
+        self._run.log({key: chart})
+
+    def log_lines(
+        self, key: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], title: str, of: str
+    ) -> None:
+        # wandb would take one empty list of x for no list at all.
+        xs, ys = [list(x) for _ in lines], [list(line) for line in lines.values()]
+        chart = self._wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname=of)
+        self._run.log({key: chart})
+
+    def log_bars(self, key: str, bars: Mapping[str, float], title: str, of: Names) -> None:
+        table = self._wandb.Table(columns=list(of), data=[[name, value] for name, value in bars.items()])
+        self._run.log({key: self._wandb.plot.bar(table, of[0], of[1], title=title)})
+
     def log_artifact(
-        self, name: str, kind: str, path: Path, metadata: Mapping[str, Any], aliases: Sequence[str]
+        self,
+        name: str,
+        kind: str,
+        paths: Sequence[Path],
+        metadata: Mapping[str, Any],
+        aliases: Sequence[str],
+        tables: Mapping[str, Table] | None = None,
     ) -> None:
         artifact = self._wandb.Artifact(name, type=kind, metadata=dict(metadata))
-        artifact.add_file(str(path))
+        for path in paths:
+            artifact.add_file(str(path))
+        for key, table in (tables or {}).items():
+            artifact.add(self._table(table), key)
         self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def use_artifact(self, name: str) -> bool:
+        if self.mode != "online":
+            return False
+        try:
+            self._run.use_artifact(name)
+        except (self._wandb.errors.Error, ValueError):  # there is none of this name
+            return False
+        return True
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))

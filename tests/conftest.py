@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from loopback import LoopbackServer
 
 # The smallest network that the run configuration can name; a tenth of a second a step at most.
 SMALL_RUN = {
     **{"data": "digits", "policy": "test", "model": "torchvision/shufflenet_v2_x0_5", "precision": "fp32"},
     **{"train_limit": 60, "batch_size": 20, "epochs": 2, "peak_epoch": 1, "lr_max": 0.05, "workers": 0},
+    "evaluate": False,
 }
 FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 BIN = Path(sys.executable).parent
@@ -40,6 +42,13 @@ def isolated(clean_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", clean_environment["HOME"])
     monkeypatch.setenv("MPLCONFIGDIR", clean_environment["MPLCONFIGDIR"])
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def loopback() -> Iterator[LoopbackServer]:
+    """A W&B server on this machine. Who uses it keeps to projects of their own, and to processes of their own."""
+    with LoopbackServer() as server:
+        yield server
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
@@ -85,7 +94,8 @@ def offline_run(clean_environment: dict[str, str], tmp_path_factory: pytest.Temp
     cwd.mkdir()
     # wandb must be free to complain: its silence would hide a lost row.
     environment = {**clean_environment, "HOME": str(home), "WANDB_API_KEY": FAKE_KEY}
-    command = [str(BIN / "eva"), "train", *flags({**SMALL_RUN, "tracking": "offline", "out": folder, "tags": "a,b"})]
+    tracked = {"evaluate": True, "tracking": "offline", "out": folder, "tags": "a,b"}
+    command = [str(BIN / "eva"), "train", *flags({**SMALL_RUN, **tracked})]
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )

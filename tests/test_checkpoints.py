@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from eva.checkpoints import load_state, load_weights, save_state, save_weights, write_atomically, write_json
+from eva.checkpoints import load_state, load_weights, save_state, save_weights
 from eva.config import UserError
+from eva.files import write_atomically, write_json
 
 
 def make_model(channels: int = 4, seed: int = 0) -> nn.Sequential:

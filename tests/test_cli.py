@@ -155,14 +155,16 @@ def test_a_resolved_configuration_fed_back_gives_the_same(values: dict[str, Any]
 
 def test_the_configuration_that_a_run_leaves_gives_the_same_run_again(offline_run: OfflineRun) -> None:
     config, _ = parsed(f"--config={offline_run.folder / 'config.yaml'}")
-    told, _ = parsed(*flags({**SMALL_RUN, "tracking": "offline", "out": offline_run.folder, "tags": "a,b"}))
+    told, _ = parsed(
+        *flags({**SMALL_RUN, "evaluate": True, "tracking": "offline", "out": offline_run.folder, "tags": "a,b"})
+    )
     assert same(config, told)
 
 
 # --- help ---
 
 
-@pytest.mark.parametrize("command", ["train", "find_lr"])
+@pytest.mark.parametrize("command", ["train", "find_lr", "evaluate"])
 def test_every_setting_is_a_flag_whose_help_has_type_default_and_unit(command: str) -> None:
     answer = subprocess.run([BIN / "eva", command, "--help"], capture_output=True, text=True, check=True)
     words = " ".join(answer.stdout.split())
@@ -184,7 +186,7 @@ def test_help_imports_nothing_heavy() -> None:
         "print({'torch', 'torchvision', 'wandb', 'albumentations', 'pydantic', 'numpy'} & sys.modules.keys())"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "train" in answer.stdout and "find_lr" in answer.stdout
+    assert all(command in answer.stdout for command in ("train", "find_lr", "evaluate", "compare"))
     assert answer.stdout.splitlines()[-1] == "set()"
 
 

@@ -54,6 +54,7 @@ def valid_settings(draw: st.DrawFn) -> dict[str, Any]:
     find_lr_start = draw(number(1e-8, 1))
     epochs = draw(st.integers(2, 10**4))
     momentum = draw(number(0, 0.999))
+    split = draw(st.sampled_from(["test", "val", "train"]))
     # Python and YAML quote text without quotes and backslashes alike.
     tag = st.text(
         st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="'\"\\"), min_size=1, max_size=9
@@ -66,7 +67,7 @@ def valid_settings(draw: st.DrawFn) -> dict[str, Any]:
         "recipe": st.none(),
         "data": text(),
         "data_dir": text(),
-        "val_fraction": number(0, 0.99),
+        "val_fraction": number(0.01 if split == "val" else 0, 0.99),
         "train_limit": st.none() | count(),
         "policy": text(),
         "policy_options": options,
@@ -103,6 +104,12 @@ def valid_settings(draw: st.DrawFn) -> dict[str, Any]:
         "find_lr_start": st.just(find_lr_start),
         "find_lr_end": number(find_lr_start * 2, 100),
         "find_lr_steps": count(5),
+        "evaluate": st.booleans(),
+        "split": st.just(split),
+        "tta": st.sampled_from(["none", "flip"]),
+        "gallery_size": st.integers(0, 400),
+        "gradcam_layers": st.lists(tag, max_size=3).map(tuple),
+        "table_rows": st.integers(0, 10_000),
         "device": text(),
         "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
         "channels_last": st.none() | st.booleans(),
@@ -226,6 +233,8 @@ def test_values_take_the_type_of_their_setting(name: str, raw: Any, value: Any) 
         ({"lr_max": "inf"}, "lr_max must be a number or find, but got 'inf'"),
         ({"nesterov": "maybe"}, "nesterov must be true or false, but got 'maybe'"),
         ({"optimizer": "adam"}, "optimizer must be one of: sgd, adamw, but got 'adam'"),
+        ({"split": "valid"}, "split must be one of: test, val, train, but got 'valid'"),
+        ({"tta": True}, "tta must be one of: none, flip, but got True"),
         ({"group": 123}, "group must be text or none, but got 123"),
         ({"stage_strides": "[1, x]"}, "stage_strides must be a list, each a whole number, but got ['1', 'x']"),
         ({"stage_strides": "[1, 2"}, "stage_strides must be a list, each a whole number, but got '[1, 2'"),
@@ -257,6 +266,11 @@ def test_a_wrong_type_names_the_layer_the_setting_the_type_and_the_value(values:
         ({"schedule": "step"}, "schedule=step needs lr_steps, e.g. lr_steps=[10,15], but got lr_steps=()"),
         ({"lr_steps": [3, 2]}, "lr_steps must be above 0 and rise, but got lr_steps=(3.0, 2.0)"),
         ({"stage_strides": [1, 2, 3]}, "stage_strides must be four strides of 1 or 2, but got stage_strides=(1, 2, 3)"),
+        ({"gallery_size": 401}, "gallery_size must be in [0, 400], but got gallery_size=401"),
+        ({"gallery_size": -1}, "gallery_size must be in [0, 400], but got gallery_size=-1"),
+        ({"table_rows": 10_001}, "table_rows must be in [0, 10000], but got table_rows=10001"),
+        ({"table_rows": -1}, "table_rows must be in [0, 10000], but got table_rows=-1"),
+        ({"split": "val", "val_fraction": 0}, "split=val needs a val_fraction above 0, but got val_fraction=0.0"),
         ({"find_lr_end": 1e-5}, "find_lr_start must be above 0 and below find_lr_end, but got find_lr_start=0.0001"),
         ({"weight_decay": -1}, "weight_decay must not be negative, but got weight_decay=-1.0"),
         ({"seed": -1}, "seed must be in [0, 2**63), but got seed=-1"),

@@ -9,22 +9,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import BIN, SMALL_RUN, OfflineRun, flags, inspect
 from PIL import Image
+from safetensors.torch import load_file
 
 from eva import experiment
-from eva.checkpoints import load_weights
+from eva.checkpoints import load_state, load_weights
 from eva.config import Layer, RunConfig, UserError, read_yaml, resolve
-from eva.evaluate import evaluate
+from eva.evaluation import evaluate, predict
 from eva.experiment import build, find_lr, show_policy, show_schedule, stop_signals, train
+from eva.predictions import Predictions
 
 SUMMARY_KEYS = {
-    *("status", "recipe", "data", "data_fingerprint", "train_images", "parameters", "selected_on"),
+    *("status", "job", "recipe", "data", "data_fingerprint", "train_images", "parameters", "selected_on"),
     *("wandb_id", "wandb_mode", "wandb_folders", "lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
     *("best_epoch", "epochs", "steps", "seconds", "images_per_second", "hardware"),
 }
 TEST_KEYS = {"test_accuracy_last", "test_accuracy_best", "test_loss_best"}
+EVALUATED = {"predictions.npz", "misclassified.npz", "evaluation.json"}
 
 
 def make_config(out: Path, **settings: Any) -> RunConfig:
@@ -50,6 +55,9 @@ def test_a_run_leaves_its_files(offline_run: OfflineRun) -> None:
         "state.pt",
         "model.txt",
         "policy.json",
+        "predictions.npz",
+        "misclassified.npz",
+        "evaluation.json",
     )
     assert all((offline_run.folder / name).stat().st_size > 0 for name in names)
     assert {path.name for path in offline_run.folder.iterdir()} == {*names, "figures", "wandb"}
@@ -62,7 +70,7 @@ def test_a_run_leaves_its_files(offline_run: OfflineRun) -> None:
 
 def test_the_summary_says_what_the_run_came_to(offline_run: OfflineRun) -> None:
     summary = offline_run.summary
-    assert summary.keys() == SUMMARY_KEYS | TEST_KEYS
+    assert summary.keys() == SUMMARY_KEYS | TEST_KEYS | {"evaluation"}
     assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 2, 6)
     assert (summary["selected_on"], summary["train_images"], summary["wandb_mode"]) == ("val", 60, "offline")
     epochs = rows(offline_run.folder / "epochs.csv")
@@ -84,7 +92,7 @@ def test_the_command_line_says_where_things_are(offline_run: OfflineRun) -> None
 
 
 def test_the_written_configuration_gives_the_same_run(offline_run: OfflineRun, tmp_path: Path) -> None:
-    changed = {"out": str(tmp_path / "run"), "tracking": "disabled"}
+    changed = {"out": str(tmp_path / "run"), "tracking": "disabled", "evaluate": False}
     config, _ = resolve([Layer("file", read_yaml(offline_run.folder / "config.yaml")), Layer("test", changed)])
     result = train(config)
     assert result.status == "finished"
@@ -96,6 +104,16 @@ def test_the_written_configuration_gives_the_same_run(offline_run: OfflineRun, t
         assert ours == theirs
     assert result.summary["test_loss_best"] == offline_run.summary["test_loss_best"]
     assert not (tmp_path / "run" / "wandb").exists()
+    # It was not evaluated. The weights are the same all the same: the last ones stay where they are.
+    assert not {path.name for path in (tmp_path / "run").iterdir()} & EVALUATED
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == {"loss", "accuracy", "lr"}
+    assert "evaluation" not in result.summary
+    ours, theirs = (load_state(folder / "state.pt")["model"] for folder in (tmp_path / "run", offline_run.folder))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    best = load_file(offline_run.folder / "best.safetensors")
+    assert all(
+        torch.equal(tensor, best[name]) for name, tensor in load_file(tmp_path / "run" / "best.safetensors").items()
+    )
 
 
 def test_test_is_measured_at_the_end_with_the_last_and_with_the_best_weights(offline_run: OfflineRun) -> None:
@@ -113,7 +131,9 @@ def test_test_is_measured_at_the_end_with_the_last_and_with_the_best_weights(off
 
 
 def test_without_val_test_is_watched_and_the_summary_says_so(tmp_path: Path) -> None:
-    result = train(make_config(tmp_path / "run", val_fraction=0, max_steps=4))
+    # With this seed the second epoch is no better than the first, so that the best weights are not the last.
+    config = make_config(tmp_path / "run", val_fraction=0, max_steps=4, evaluate=True, gallery_size=0, seed=1)
+    result = train(config)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary == dict(result.summary)
     assert summary["selected_on"] == "test"
@@ -125,14 +145,32 @@ def test_without_val_test_is_watched_and_the_summary_says_so(tmp_path: Path) -> 
     # 3 batches of the first epoch and 1 of the second, 20 images each
     assert summary["steps"] == 4
     assert summary["images_per_second"] == pytest.approx(80 / summary["seconds"])
+    # The best weights are evaluated on what was watched, and agree.
+    said = Predictions.load(tmp_path / "run" / "predictions.npz")
+    parts = build(config)
+    load_weights(tmp_path / "run" / "best.safetensors", parts.model)
+    logits, _ = predict(parts.model, parts.test_loader, parts.hardware)
+    np.testing.assert_allclose(said.logits, logits, atol=1e-5)
+    assert np.mean(said.predicted == said.labels) == summary["test_accuracy_best"] == summary["evaluation"]["accuracy"]
+
+
+def test_the_split_that_is_evaluated_can_be_another_than_test(tmp_path: Path) -> None:
+    result = train(make_config(tmp_path / "run", evaluate=True, gallery_size=0, split="val"))
+    said = Predictions.load(tmp_path / "run" / "predictions.npz")
+    assert said.split == result.summary["evaluation"]["split"] == "val"
+    assert np.mean(said.predicted == said.labels) == result.summary["val_accuracy_best"]
+    assert {str(name).split("/")[0] for name in said.ids} == {"train"}  # where val comes from
+    with pytest.raises(UserError, match="split=val needs a val_fraction above 0"):
+        make_config(tmp_path / "run", split="val", val_fraction=0)
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
-    result = train(make_config(tmp_path / "run", lr_max=1e12, schedule="constant", epochs=9))
+    result = train(make_config(tmp_path / "run", lr_max=1e12, schedule="constant", epochs=9, evaluate=True))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert result.status == summary["status"] == "diverged"
     assert len(rows(tmp_path / "run" / "history.csv")) == summary["steps"]
-    assert not summary.keys() & TEST_KEYS
+    assert not summary.keys() & {*TEST_KEYS, "evaluation"}
+    assert not {path.name for path in (tmp_path / "run").iterdir()} & EVALUATED
     with pytest.raises(UserError, match="has ended \\(status 'diverged'\\): nothing to resume"):
         train(make_config(tmp_path / "run"), resume=tmp_path / "run")
 
@@ -249,6 +287,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
 ) -> None:
     folder = tmp_path / "run"
     settings = {**SMALL_RUN, "train_limit": 200, "epochs": 6, "workers": 1, "tracking": "offline", "out": folder}
+    settings = {**settings, "evaluate": True, "gallery_size": 0}
     command = [str(BIN / "eva"), "train"]
     started = subprocess.Popen(
         [*command, *flags(settings)],
@@ -272,6 +311,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
     steps = len(rows(folder / "history.csv"))
     assert (interrupted["status"], interrupted["steps"]) == ("interrupted", steps)
     assert 5 <= steps < 60
+    assert not {path.name for path in folder.iterdir()} & EVALUATED and "evaluation" not in interrupted
 
     done = subprocess.run(
         [*command, "--resume", str(folder), "--workers=0"],
@@ -292,6 +332,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
         items = [record["history"]["item"] for record in records if record["type"] == "history"]
         logged += [item["trainer/step"] for item in items if "train/loss" in item]
     assert logged == list(range(60))
+    # What was not evaluated then is now.
+    assert {path.name for path in folder.iterdir()} >= EVALUATED
+    assert finished["evaluation"]["accuracy"] == finished["test_accuracy_best"]
 
 
 # What W&B and a changed world may not do to a run

@@ -1,0 +1,103 @@
+"""How well a model does on a split, and what it says about each of the images."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eva.gradcam import GradCAM
+from eva.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy (without label smoothing) and accuracy (a fraction) over `count` images."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardware: Hardware) -> Evaluation:
+    """Returns the evaluation of a model over batches of images (B, 3, H, W) float32 and labels (B,) int64.
+
+    Each image counts once, whatever the batches' sizes. The model is in eval mode meanwhile and every module
+    is left in the mode it was in; sums stay on the device until the end, so nothing waits for it in between.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=hardware.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hardware.device)
+    count = 0
+    with evaluating(model):
+        for images, labels in batches:
+            images, labels = hardware.to_device(images, labels)
+            with hardware.autocast():
+                logits = model(images)
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum").double()
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
+    return Evaluation(loss.item() / count, correct.item() / count, count)
+
+
+def predict(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    hardware: Hardware,
+    *,
+    layer: str | None = None,
+    flip: bool = False,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Returns the logits (N, K) of every image and, with a layer, the raw Grad-CAM maps (N, h, w) of what it predicts.
+
+    Args:
+        model: In eval mode meanwhile; left as it was.
+        batches: Images (B, 3, H, W) float32 and labels (B,) int64, as a loader without shuffling gives them.
+        hardware: Where to compute.
+        layer: Name of the layer that the maps are of. At the last stage they cost little more than the logits.
+        flip: Whether the logits are the mean over an image and its mirror image. Maps are of the image itself, for
+            the class that the mean predicts.
+
+    Raises:
+        UserError: The model has no such layer, or its output is no map.
+    """
+    all_logits, all_maps = [], []
+    gradcam = None if layer is None else GradCAM(model, layer)
+    with evaluating(model), torch.no_grad(), hardware.autocast():
+        for images, labels in batches:
+            images, _ = hardware.to_device(images, labels)
+            mirrored = model(images.flip(3)) if flip else None
+            if gradcam is None or layer is None:
+                logits = _mean_logits(model(images), mirrored)
+            else:
+                cams = gradcam(images, partial(_predicted, mirrored=mirrored))
+                logits = _mean_logits(cams.logits, mirrored)
+                all_maps.append(cams.raw[layer].cpu())
+            all_logits.append(logits.cpu())
+    maps = torch.cat(all_maps).numpy() if all_maps else None
+    return torch.cat(all_logits).numpy(), maps
+
+
+def _mean_logits(logits: Tensor, mirrored: Tensor | None) -> Tensor:
+    return logits.float() if mirrored is None else (logits.float() + mirrored.float()) / 2
+
+
+def _predicted(logits: Tensor, mirrored: Tensor | None) -> Tensor:
+    return _mean_logits(logits, mirrored).argmax(1)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and every module back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

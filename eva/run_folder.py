@@ -1,0 +1,119 @@
+"""The folder of a run: made, read, and refused where it isn't what it should be."""
+
+import json
+import os
+import secrets
+import string
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eva.config import RunConfig, UserError, to_dict
+from eva.files import finite, read_json, write_atomically
+
+
+def new_run_id() -> str:
+    """Returns a run id as W&B makes them: eight random characters."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def make_run_folder(config: RunConfig) -> tuple[str, Path]:
+    """Returns a run id, W&B's if an agent chose it, and the new run folder, which holds nothing yet.
+
+    Raises:
+        UserError: The folder can't be made, or holds something.
+    """
+    run_id = os.environ.get("WANDB_RUN_ID") or new_run_id()
+    if set(run_id) & set("/\\#?%: "):
+        raise UserError(f"WANDB_RUN_ID must have none of / \\ # ? % : and blanks, but got {run_id!r}")
+    folder = Path(config.out or Path("runs") / run_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
+    except OSError as error:
+        raise UserError(f"cannot make run folder {str(folder)!r}: {error.strerror}; choose another --out") from None
+    check_writable(folder)
+    return run_id, folder
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that files can be made in a run folder.
+
+    Raises:
+        UserError: They can't.
+    """
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"run folder {str(folder)!r} is read-only; choose another --out")
+
+
+def check_resumable(folder: Path) -> dict[str, Any]:
+    """Returns the summary of a run folder that can be gone on in.
+
+    Raises:
+        UserError: It is no run folder, its run ended, or it has no state to go on from.
+    """
+    summary = read_summary(folder)
+    if summary.get("status") in ("finished", "diverged"):
+        raise UserError(f"the run in {str(folder)!r} has ended (status {summary['status']!r}): nothing to resume")
+    if not (folder / "state.pt").exists():
+        raise UserError(
+            f"the run in {str(folder)!r} has no state.pt: it ended before its first epoch did; start it anew"
+        )
+    return summary
+
+
+def check_unchanged(folder: Path, before: Mapping[str, Any], fingerprint: str, policy: Mapping[str, Any]) -> None:
+    """Checks that a run goes on with the data and the policy that it began with.
+
+    Raises:
+        UserError: It would not.
+    """
+    if before.get("data_fingerprint") != fingerprint:
+        raise UserError(f"the data are not those that the run in {str(folder)!r} began with; start it anew")
+    path = folder / "policy.json"
+    if not path.exists() or read_json(path) != json.loads(json.dumps(finite(policy))):
+        raise UserError(f"the policy is not the one that the run in {str(folder)!r} began with; start it anew")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Returns a run folder's summary.
+
+    Raises:
+        UserError: The folder holds no readable summary.json of a run.
+    """
+    path = folder / "summary.json"
+    if not os.path.isfile(path):  # pathlib's raises where a folder may not be looked into
+        raise UserError(f"{str(folder)!r} is no run folder: it has no summary.json")
+    summary = read_json(path)
+    if not isinstance(summary, dict) or "wandb_id" not in summary:
+        raise UserError(f"{str(path)!r} is no summary of a run: it has no wandb_id")
+    return summary
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes config.yaml, which `--config` and `--resume` read."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_atomically(folder / "config.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the repository that eva runs from, with "-dirty" if files differ; None without one."""
+    try:
+        command = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty",
+            "--exclude=*",
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
