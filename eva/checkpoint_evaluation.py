@@ -12,7 +12,7 @@ from torch import nn
 
 from eva import data, inspection, wandb_runs
 from eva.checkpoints import load_weights, read_facts
-from eva.config import FIELDS, Layer, RunConfig, UserError, collected, resolve, to_dict
+from eva.config import EVALUATION_SETTINGS, FIELDS, Layer, RunConfig, UserError, collected, resolve, to_dict
 from eva.data import Dataset, Split
 from eva.experiment import EVAL_BATCH_SIZE, Result, build_model
 from eva.files import write_json
@@ -20,13 +20,6 @@ from eva.hardware import choose_hardware, describe
 from eva.policies import Policy, build_policy
 from eva.run_folder import check_writable, git_commit, make_run_folder, new_run_id, read_summary, write_config
 from eva.tracker import Tracker, WandbTracker, choose_mode
-
-# What may be asked of an evaluation: nothing that changes which network the weights belong to.
-EVALUATION_SETTINGS = (
-    *("data", "data_dir", "split", "tta", "gallery_size", "gradcam_layers", "table_rows"),
-    *("device", "precision", "channels_last", "workers"),
-    *("out", "tracking", "project", "entity", "group", "name", "tags"),
-)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, get_args
 
 from eva import __version__, recipes
 from eva.config import (
+    EVALUATION_SETTINGS,
     FIELDS,
     TYPES,
     Layer,
@@ -91,7 +92,9 @@ def build_parser() -> Parser:
     for command in (train, find_lr):
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
     for command in (train, find_lr, evaluate):
-        settings = command.add_argument_group("settings", "in rising precedence: --recipe, --config, flags")
+        known = EVALUATION_SETTINGS if command is evaluate else FIELDS
+        order = "others are those of the training" if command is evaluate else "--recipe, --config, flags: later wins"
+        settings = command.add_argument_group("settings", order)
         for name, field in FIELDS.items():
             settings.add_argument(
                 f"--{name}",
@@ -99,7 +102,7 @@ def build_parser() -> Parser:
                 const="true" if bool in (TYPES[name], *get_args(TYPES[name])) else MISSING,
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
-                help=_help(name, field),
+                help=_help(name, field) if name in known else argparse.SUPPRESS,
             )
     return parser
 

@@ -148,6 +148,13 @@ class RunConfig:
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(RunConfig)}
 TYPES: dict[str, Any] = get_type_hints(RunConfig)
 
+# What may be asked of an evaluation: nothing that changes which network the weights belong to.
+EVALUATION_SETTINGS = (
+    *("data", "data_dir", "split", "tta", "gallery_size", "gradcam_layers", "table_rows"),
+    *("device", "precision", "channels_last", "workers"),
+    *("out", "tracking", "project", "entity", "group", "name", "tags"),
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -193,6 +200,8 @@ def unknown_setting(key: str) -> str:
     """Returns one line that names an unknown setting and the nearest known one."""
     name = key.partition(".")[0].replace("-", "_")
     nearest = difflib.get_close_matches(name, (*FIELDS, *COMMAND_FLAGS), n=1, cutoff=0.6)
+    if name in nearest:
+        return f"this command has no flag --{name}"
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "; eva train --help lists the settings"
     return f"unknown setting {key!r}{hint}"
 

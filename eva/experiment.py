@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eva import data, evaluation, figures, hardware, inspection, lr_range, models, policies
@@ -16,6 +17,7 @@ from eva.checkpoints import load_weights
 from eva.config import RunConfig, UserError, collected, to_dict
 from eva.data import Dataset, Split
 from eva.files import write_json
+from eva.gradcam import GradCAM
 from eva.loop import Training, fit, prepare
 from eva.lr_range import LrRange
 from eva.run_folder import (
@@ -70,7 +72,9 @@ def check_names(config: RunConfig) -> None:
     with collected(problems):
         policies.build_policy(config.policy, (0.5,) * 3, (0.25,) * 3, config.policy_options)
     with collected(problems):
-        build_model(config, num_classes=10)
+        model = build_model(config, num_classes=10)
+        if config.evaluate and config.gradcam_layers:  # told now, not after the training
+            GradCAM(model, config.gradcam_layers)(torch.zeros(2, 3, data.IMAGE_SIZE, data.IMAGE_SIZE))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -248,6 +252,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     mode, remark = choose_mode(config.tracking)
     check_names(config)
     before = check_resumable(resume) if resume else {}
+    before.pop("evaluation", None)  # of weights that will change
     run_id, folder = (before["wandb_id"], resume) if resume else make_run_folder(config)
     try:
         parts = build(config)

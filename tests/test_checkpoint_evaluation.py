@@ -21,10 +21,10 @@ from test_checkpoints import Planted
 from test_cli import files_below, refused
 from torch import Tensor
 
-from eva.checkpoint_evaluation import EVALUATION_SETTINGS, wrong_facts
+from eva.checkpoint_evaluation import wrong_facts
 from eva.checkpoints import read_facts
 from eva.cli import main
-from eva.config import FIELDS, Layer, read_yaml, resolve
+from eva.config import EVALUATION_SETTINGS, FIELDS, Layer, read_yaml, resolve
 from eva.data import Dataset, hold_out, limit, load_dataset
 from eva.experiment import train
 from eva.models import build_model

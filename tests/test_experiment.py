@@ -380,3 +380,25 @@ def test_a_run_does_not_go_on_with_other_data_or_another_policy(
     with pytest.raises(UserError, match=message):
         train(make_config(folder, **settings), resume=folder)
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [("layr3", "unknown layer 'layr3' \\(did you mean 'layer3'\\?\\)"), ("fc", "layer 'fc' must return")],
+)
+def test_a_layer_that_grad_cam_cannot_use_is_told_before_the_training(tmp_path: Path, layer: str, said: str) -> None:
+    settings = {"model": "resnet9", "evaluate": True, "gradcam_layers": [layer]}
+    with pytest.raises(UserError, match=said):
+        train(make_config(tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_is_told_to_wandb_as_failed(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), experiment.open_run(make_config(tmp_path, tracking="offline"), "train"):
+        raise ZeroDivisionError
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    updates = [
+        record["summary"]["update"] for record in inspect(Path(summary["wandb_folders"][0])) if "summary" in record
+    ]
+    assert summary["status"] == "failed"
+    assert [update["status"] for update in updates if "status" in update] == ["failed"]
