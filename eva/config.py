@@ -200,7 +200,7 @@ def unknown_setting(key: str) -> str:
     """Returns one line that names an unknown setting and the nearest known one."""
     name = key.partition(".")[0].replace("-", "_")
     nearest = difflib.get_close_matches(name, (*FIELDS, *COMMAND_FLAGS), n=1, cutoff=0.6)
-    if name in nearest:
+    if name in COMMAND_FLAGS:
         return f"this command has no flag --{name}"
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "; eva train --help lists the settings"
     return f"unknown setting {key!r}{hint}"

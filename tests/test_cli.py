@@ -20,7 +20,7 @@ from test_config import same, valid_settings
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from eva.cli import build_parser, configure, main, print_settings
-from eva.config import FIELDS, RunConfig, UserError, default_of, describe_type, to_dict
+from eva.config import EVALUATION_SETTINGS, FIELDS, RunConfig, UserError, default_of, describe_type, to_dict
 from eva.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,9 @@ def test_the_configuration_that_a_run_leaves_gives_the_same_run_again(offline_ru
 def test_every_setting_is_a_flag_whose_help_has_type_default_and_unit(command: str) -> None:
     answer = subprocess.run([BIN / "eva", command, "--help"], capture_output=True, text=True, check=True)
     words = " ".join(answer.stdout.split())
-    for name, field in FIELDS.items():
+    known = EVALUATION_SETTINGS if command == "evaluate" else FIELDS
+    assert not any(f"--{name} [" in words for name in FIELDS if name not in known)
+    for name, field in ((name, FIELDS[name]) for name in known):
         unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
         default = default_of(field)
         shown = "none" if default is None else str(list(default) if isinstance(default, tuple) else default)

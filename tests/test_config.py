@@ -314,6 +314,11 @@ def test_no_rule_is_applied_to_a_value_that_was_not_given() -> None:
     assert problems_of({"epochs": "x", "peak_epoch": 30}) == ["layer 0: epochs must be a whole number, but got 'x'"]
 
 
+def test_a_flag_of_another_command_is_told_as_such() -> None:
+    (problem,) = problems_of({"resume": 1})
+    assert problem == "layer 0: this command has no flag --resume"
+
+
 @pytest.mark.parametrize("key", ["zzzzzz", "epochs.inner", "", 3, None])
 def test_an_unknown_key_is_told(key: Any) -> None:
     (problem,) = problems_of({key: 1})
