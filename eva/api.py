@@ -1,5 +1,6 @@
 """What the command line does, for a notebook or a script: plain arguments in, plain values out."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ def read_runs(*targets: str | Path) -> list[RunRecord]:
     """
     runs: list[RunRecord] = []
     for target in targets:
-        if not Path(target).exists() and wandb_runs.names_project(str(target)):
+        if not str(target):
+            raise UserError("a run folder, a folder of runs or ENTITY/PROJECT must be named, but got ''")
+        if not os.path.exists(target) and wandb_runs.names_project(str(target)):
             runs.extend(wandb_runs.read_project(str(target)))
         else:
             runs.extend(records.read_run(folder) for folder in records.find_runs(Path(target)))

@@ -62,7 +62,7 @@ def open_checkpoint(target: str) -> Iterator[Checkpoint]:
             folder, artifact = path, f"model-{read_summary(path)['wandb_id']}:best"
             path = path / "best.safetensors"
             if not path.exists():
-                raise UserError(f"the run in {target!r} has no best.safetensors: its first epoch did not end")
+                raise UserError(f"the run in {target!r} has no best.safetensors: no epoch of a training ended in it")
         elif not exists and wandb_runs.names_artifact(target):
             artifact = target
             downloads = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,6 +1,7 @@
 """The command line: flags into settings, settings into a run, mistakes into one line and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,8 +244,10 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     from eva import api, wandb_runs
     from eva.comparison import table
 
-    named = [target for target in arguments.targets if wandb_runs.names_project(target) and not Path(target).exists()]
+    named = [target for target in arguments.targets if wandb_runs.names_project(target) and not os.path.exists(target)]
     project = arguments.project or (named[0] if named else None)
+    if arguments.project is not None and not wandb_runs.names_project(arguments.project):
+        raise UserError(f"project must be ENTITY/PROJECT, but got {arguments.project!r}")
     if arguments.publish and project is None:
         raise UserError("--publish needs a project to publish in: --project=ENTITY/PROJECT")
     comparison = api.compare(*arguments.targets, metric=arguments.metric, out=arguments.out)

@@ -272,7 +272,13 @@ def compare(records: Sequence[RunRecord], metric: str | None = None) -> Comparis
         image_sets=image_sets,
         importance=importance,
         no_importance=no_importance,
-        remarks=(*remarks, *_metric_remarks(rows, metric, image_sets), *reasons, *_notes(rows)),
+        remarks=(
+            *remarks,
+            *_metric_remarks(rows, metric, image_sets),
+            *reasons,
+            *_layer_remarks(image_sets),
+            *_notes(rows),
+        ),
     )
 
 
@@ -312,8 +318,9 @@ def _without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], lis
     kept: dict[Hashable, RunRecord] = {}
     remarks = []
     for record in records:
-        # Ids of two projects may be equal by chance; runs with equal ids, configurations and curves are one run.
-        key = (record.id, repr(sorted(record.config.items())), repr(sorted(record.epochs.items())))
+        # Ids of two projects may be equal by chance; with equal ids, configurations, curves and logits they are one.
+        said = record.predictions.logits.tobytes() if record.predictions else b""
+        key = (record.id, repr(sorted(record.config.items())), repr(sorted(record.epochs.items())), said)
         if key in kept:
             first, second = printable(kept[key].source), printable(record.source)
             remarks.append(f"the run {printable(record.id)} is there twice: taken from {first}, not from {second}")
@@ -343,8 +350,8 @@ def _settings(record: RunRecord) -> dict[str, Any]:
         if name in IGNORED:
             continue
         value = record.config.get(name, default_of(field))
-        if value == "find":  # in a sweep W&B keeps the word; the summary has the number
-            value = record.summary.get(name) or value
+        if name == "tta":  # a later evaluation may have changed it
+            value = record.summary.get("evaluation", {}).get(name, value)
         if isinstance(value, Mapping):
             settings.update({f"{name}.{key}": _hashable(inner) for key, inner in sorted(value.items())})
         else:
@@ -420,6 +427,17 @@ def _metric_remarks(rows: Sequence[Row], metric: str | None, image_sets: Sequenc
         remarks.append(f"the runs are of different data, so their {metric} are not of the same images")
     elif len(image_sets) > 1 and not any(metric in row.record.summary for row in rows):
         remarks.append(f"{metric} is measured on different images: {listed([_described(one) for one in image_sets])}")
+    return remarks
+
+
+def _layer_remarks(image_sets: Sequence[ImageSet]) -> list[str]:
+    """Says where Grad-CAM maps stand side by side that are of different layers."""
+    remarks = []
+    for images in image_sets:
+        layers = sorted({said.layer for said in images.predictions.values() if said.layer})
+        if len(layers) > 1:
+            named = ", ".join(map(printable, layers))
+            remarks.append(f"Grad-CAM maps are of different layers ({named}): their values are not comparable")
     return remarks
 
 
@@ -739,6 +757,7 @@ def _pairs(images: ImageSet, width: int) -> list[str]:
         ]
         for test in tests
     ]
-    corrected = f"p (McNemar) and interval corrected for {len(images.tests)} pairs"
+    pairs = "1 pair" if len(images.tests) == 1 else f"{len(images.tests)} pairs"
+    corrected = f"p (McNemar) and interval corrected for {pairs}"
     head = ["run", "difference", "95 % interval", "p", "verdict"]
     return [title, aligned(head, rows, width), corrected]

@@ -1,5 +1,6 @@
 """Files that are there in full or not at all."""
 
+import datetime
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -45,11 +46,13 @@ def read_json(path: Path) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Returns plain values with NaN and infinities replaced by None."""
+    """Returns plain values as JSON has them: NaN and infinities become None, dates text."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
+    if isinstance(value, datetime.date):  # YAML makes one of 2020-01-01
+        return value.isoformat()
     if isinstance(value, float) and not (-float("inf") < value < float("inf")):
         return None
     return value

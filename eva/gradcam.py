@@ -22,7 +22,7 @@ OVERLAY_SIZE = 128
 OVERLAY_OPACITY = 0.5
 
 # Class indices (N,), one for all images, what decides them from the logits (N, K), or None for the predicted ones.
-Targets = Tensor | int | Callable[[Tensor], Tensor] | None
+Targets = Tensor | NDArray[np.int64] | Sequence[int] | int | Callable[[Tensor], Tensor] | None
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Tensor | None]
 
 
@@ -81,7 +81,7 @@ class GradCAM:
 
         Args:
             images: Float (N, 3, H, W), on the model's device; left as they are, whatever the model does to its input.
-            targets: Class indices, int64 (N,) or one for all images; None for the class with the largest logit.
+            targets: Class indices, integers (N,) or one for all images; None for the class with the largest logit.
                 A function gets the logits, float32 (N, K), and returns classes (N,): for test-time augmentation,
                 where more than this pass decides. It may run the model.
 
@@ -334,10 +334,10 @@ def _classes(targets: Targets, logits: Tensor) -> Tensor:
     images, classes = logits.shape
     if targets is None:
         return logits.argmax(1)
-    if isinstance(targets, int):
-        found = torch.full((images,), targets, device=logits.device)
+    if isinstance(targets, (int, np.integer)):
+        found = torch.full((images,), int(targets), device=logits.device)
     else:
-        found = targets if isinstance(targets, Tensor) else targets(logits)
+        found = targets(logits) if callable(targets) else torch.as_tensor(targets)
         if found.shape != (images,) or found.is_floating_point() or found.dtype == torch.bool:
             raise UserError(f"targets must be class indices ({images},), but got {_described(found)}")
         # A copy, as it may have been made under torch.inference_mode.

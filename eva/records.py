@@ -71,14 +71,16 @@ COMPARED_JOBS = ("train", "evaluate")
 def find_runs(folder: Path) -> list[Path]:
     """Returns the folders below `folder`, itself included, that trained or evaluated runs lie in, sorted by path.
 
-    Links are followed, each folder is looked into once, and W&B's own folders are not.
+    Links are followed, each folder is looked into once, and W&B's own folders are not. A run whose summary is damaged
+    is left out, which is printed, as long as there are others.
 
     Raises:
-        UserError: There is no such folder, or no such run in it, or the summary of one is damaged.
+        UserError: There is no such folder, or no such run in it.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"no run folder, and no folder of runs, at {str(folder)!r}")
     found: list[Path] = []
+    problems: list[str] = []
     known: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders.sort()  # the walk is in order then, and of two ways to a run takes the same one each time
@@ -88,11 +90,15 @@ def find_runs(folder: Path) -> list[Path]:
         known.add(os.path.realpath(path))
         folders[:] = [name for name in folders if name != "wandb"]
         if "summary.json" in files:
-            summary = read_json(Path(path, "summary.json"))  # of another tool, perhaps
+            summary = None
+            with collected(problems):
+                summary = read_json(Path(path, "summary.json"))  # of another tool, perhaps
             if isinstance(summary, dict) and "wandb_id" in summary and summary.get("job") in COMPARED_JOBS:
                 found.append(Path(path))
     if not found:
-        raise UserError(f"{str(folder)!r} holds no run that eva trained or evaluated")
+        raise UserError("\n".join(problems) or f"{str(folder)!r} holds no run that eva trained or evaluated")
+    for problem in problems:  # one damaged run is no reason to compare none of the others
+        print(f"left out: {problem}")
     return found
 
 
@@ -148,7 +154,8 @@ def missing_parts(
 
 def asked_config(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings as they were asked for, without what else W&B keeps beside them."""
-    found = summary.get("found") or ()
+    found = summary.get("found")
+    found = found if isinstance(found, list) else []
     # W&B keeps no empty mapping.
     empty: dict[str, Any] = {name: {} for name, setting in FIELDS.items() if default_of(setting) == {}}
     config = {**empty, **config} if config else {}

@@ -352,7 +352,7 @@ def test_what_is_no_run_is_a_line(run: Path, workplace: Path, capsys: pytest.Cap
     (workplace / "broken").mkdir()
     (workplace / "broken" / "summary.json").write_text("{")
     for target, words in {
-        str(run): "has no best.safetensors: its first epoch did not end",
+        str(run): "has no best.safetensors: no epoch of a training ended in it",
         "empty": "'empty' is no run folder: it has no summary.json",
         "broken": "is damaged: it is not JSON",
         "missing": "'missing' is no run folder, no checkpoint and no W&B artifact (E/PROJECT/NAME:ALIAS)",

@@ -170,14 +170,38 @@ def test_a_setting_that_an_older_run_lacks_has_its_default() -> None:
     assert compare([made_record("old", "a", {}), made_record("new", "b", {"dropout": 0.5})]).settings == ("dropout",)
 
 
-def test_true_is_not_one_and_a_found_rate_is_its_number() -> None:
+def test_true_is_not_one() -> None:
     assert compare(
         [made_record("a", "a", {"channels_last": True}), made_record("b", "b", {"channels_last": 1})]
     ).settings
-    found = compare(
-        [made_record("a", "a", {"lr_max": "find"}, {"lr_max": 0.25}), made_record("b", "b", {"lr_max": 0.25})]
-    )
-    assert found.settings == ()
+
+
+def test_seeds_that_looked_for_their_rate_are_one_configuration_whatever_they_found() -> None:
+    found = compare([made_record(f"s{k}", f"s{k}", {"seed": k, "lr_max": "find"}, {"lr_max": 0.1 + k}) for k in (0, 1)])
+    assert found.settings == ("seed",)
+    assert [len(group.rows) for group in found.groups] == [2]
+
+
+def test_an_evaluation_with_flips_is_no_seed_of_one_without() -> None:
+    plain, flipped = predicting(2)
+    flipped = dataclasses.replace(flipped, summary={**flipped.summary, "evaluation": {"tta": "flip"}})
+    found = compare([plain, flipped])
+    assert set(found.settings) == {"seed", "tta"}
+    assert [len(group.rows) for group in found.groups] == [1, 1]
+
+
+def test_maps_of_different_layers_are_told() -> None:
+    one, other = predicting(2)
+    remarks = compare([changed(one, layer="layer3"), changed(other, layer="layer4")]).remarks
+    assert any("different layers (layer3, layer4): their values are not comparable" in remark for remark in remarks)
+    assert not any("different layers" in remark for remark in compare([one, other]).remarks)
+
+
+def test_another_evaluation_of_a_run_is_another_row() -> None:
+    one, other = predicting(2)
+    again = dataclasses.replace(one, source="elsewhere", predictions=other.predictions)
+    assert len(compare([one, again]).rows) == 2
+    assert len(compare([one, dataclasses.replace(one, source="elsewhere")]).rows) == 1
 
 
 def test_labels_are_unique_printable_and_short() -> None:

@@ -1,5 +1,7 @@
 """JSON files are read as they are, and what is no JSON file is told in one line."""
 
+import datetime
+import json
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,8 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         read_json(tmp_path / "none.json")
     with pytest.raises(UserError, match=r"cannot read '.*': Is a directory$"):
         read_json(tmp_path)
+
+
+def test_dates_and_numbers_that_are_not_finite_are_plain_in_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "values.json", {"day": datetime.date(2020, 1, 2), "inner": [float("nan"), 1.5]})
+    assert json.loads((tmp_path / "values.json").read_text()) == {"day": "2020-01-02", "inner": [None, 1.5]}

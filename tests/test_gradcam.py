@@ -851,3 +851,14 @@ def test_zeros_show_as_the_lowest_colour(scale: float | None) -> None:
 def test_wrong_numbers_of_an_overlay_are_told(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_targets_may_be_a_list_or_a_numpy_array() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+    images = torch.rand(3, 3, 8, 8)
+    expected = GradCAM(model, "0")(images, torch.tensor([4, 0, 2])).raw["0"]
+    for targets in ([4, 0, 2], np.array([4, 0, 2])):
+        torch.testing.assert_close(GradCAM(model, "0")(images, targets).raw["0"], expected)
+    same = GradCAM(model, "0")(images, np.array([3, 3])[0]).raw["0"]
+    torch.testing.assert_close(same, GradCAM(model, "0")(images, 3).raw["0"])

@@ -265,3 +265,21 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"job": "train"}')
     with pytest.raises(UserError, match=r"summary\.json' is no summary of a run: it has no wandb_id$"):
         read_run(tmp_path)
+
+
+def test_a_damaged_run_is_left_out_and_told_where_there_are_others(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = run.parent / "damaged"
+    damaged.mkdir()
+    (damaged / "summary.json").write_text("{bad")
+    assert find_runs(run.parent) == [run]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("left out: ") and "damaged/summary.json' is damaged" in line
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "found": 3}))
+    assert read_run(run).id == SUMMARY["wandb_id"]
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_refused() -> None:
+    with pytest.raises(UserError, match="no run folder, and no folder of runs, at 'aaa"):
+        find_runs(Path("a" * 300))
