@@ -20,6 +20,7 @@ from eva.files import write_json
 from eva.gradcam import GradCAM
 from eva.loop import Training, fit, prepare
 from eva.lr_range import LrRange
+from eva.records import read_columns
 from eva.run_folder import (
     check_resumable,
     check_unchanged,
@@ -423,8 +424,8 @@ def inspect_best(config: RunConfig, training: Training, run: Run) -> dict[str, A
 
 def draw_curves(run: Run) -> None:
     """Draws loss and accuracy by epoch and the learning rate by step from the run's CSV files."""
-    history = figures.read_csv(run.folder / "history.csv")
-    epochs = figures.read_csv(run.folder / "epochs.csv")
+    history = read_columns(run.folder / "history.csv", [])
+    epochs = read_columns(run.folder / "epochs.csv", [])
     drawn = {}
     if epochs:
         drawn["loss"] = figures.curves(epochs, run.parts.watched, "loss")

@@ -3,7 +3,6 @@
 Nothing here touches pyplot: figures belong to whoever holds them, no window opens, and no backend is chosen.
 """
 
-import csv
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -128,13 +127,6 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
     if x in ("epoch", "step"):
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     return figure, axes
-
-
-def read_csv(path: Path) -> dict[str, list[float]]:
-    """Returns the columns of a run's CSV file as numbers."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 def curves(epochs: Mapping[str, Sequence[float]], watched: str, metric: str) -> Figure:

@@ -20,7 +20,6 @@ import eva
 from eva import api, records
 from eva.cli import main
 from eva.data import load_dataset
-from eva.figures import read_csv
 from eva.predictions import Predictions, load_images, save_images
 
 CLOCKS = ("images_per_second", "seconds", "train_epoch/seconds")
@@ -223,7 +222,7 @@ def test_a_run_without_what_a_gallery_needs_is_named(run: Path, tmp_path: Path) 
 def test_a_schedule_is_the_one_that_training_steps_through(offline_run: OfflineRun) -> None:
     settings = {name: SMALL_RUN[name] for name in ("epochs", "peak_epoch", "lr_max")}
     schedule = eva.build_schedule(3, **settings)
-    history = read_csv(offline_run.folder / "history.csv")
+    history = records.read_columns(offline_run.folder / "history.csv", [])
     assert [schedule(step, []).lr for step in range(6)] == history["lr"]
     assert [schedule(step, []).momentum for step in range(6)] == history["momentum"]
     assert max(history["lr"]) == pytest.approx(0.05)

@@ -565,16 +565,6 @@ def test_a_reliability_diagram_of_no_images_is_drawn(tmp_path: Path) -> None:
 # files
 
 
-def test_csv_columns_are_read_as_numbers(tmp_path: Path) -> None:
-    path = tmp_path / "history.csv"
-    path.write_text("trainer/step,train/loss\n0,2.5\n1,nan\n", encoding="utf-8")
-    columns = figures.read_csv(path)
-    assert columns["trainer/step"] == [0.0, 1.0]
-    assert columns["train/loss"][0] == 2.5 and np.isnan(columns["train/loss"][1])
-    path.write_text("trainer/step,train/loss\n", encoding="utf-8")
-    assert figures.read_csv(path) == {}
-
-
 def test_a_picture_is_written_to_the_pixel(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
     path = figures.save_picture(picture, tmp_path / "new" / "picture.png")

@@ -13,8 +13,8 @@ import wandb
 from conftest import FAKE_KEY, OfflineRun, inspect
 from PIL import Image
 
-from eva import figures
 from eva.config import Layer, UserError, resolve
+from eva.records import read_columns
 from eva.tracker import EPOCH_METRICS, STEP_METRICS, WandbTracker, choose_mode
 
 # An offline run, read back
@@ -24,7 +24,7 @@ def test_every_step_is_a_row_once_with_its_axes(offline_run: OfflineRun) -> None
     rows = offline_run.rows("train/loss")
     assert [row["trainer/step"] for row in rows] == list(range(6))
     assert [row["epoch"] for row in rows] == pytest.approx([(step + 1) / 3 for step in range(6)])
-    history = figures.read_csv(offline_run.folder / "history.csv")
+    history = read_columns(offline_run.folder / "history.csv", [])
     for key, column in history.items():
         assert [row[key] for row in rows] == column, key
 
@@ -32,7 +32,7 @@ def test_every_step_is_a_row_once_with_its_axes(offline_run: OfflineRun) -> None
 def test_every_epoch_is_a_row_once(offline_run: OfflineRun) -> None:
     rows = offline_run.rows("val/accuracy_best")
     assert [row["epoch"] for row in rows] == [1, 2]
-    epochs = figures.read_csv(offline_run.folder / "epochs.csv")
+    epochs = read_columns(offline_run.folder / "epochs.csv", [])
     for key, column in epochs.items():
         assert [row[key] for row in rows] == column, key
 
@@ -54,7 +54,7 @@ def test_batches_go_by_step_and_epochs_by_epoch(offline_run: OfflineRun) -> None
     assert all(axes[name]["step_metric"] == "epoch" for name in EPOCH_METRICS)
     assert {"train/loss", "lr"} <= set(STEP_METRICS) and {"val/*", "test/*"} <= set(EPOCH_METRICS)
     # Every number of a batch has an axis: no key is missing from the lists above.
-    assert {*figures.read_csv(offline_run.folder / "history.csv")} == {*STEP_METRICS, "trainer/step", "epoch"}
+    assert {*read_columns(offline_run.folder / "history.csv", [])} == {*STEP_METRICS, "trainer/step", "epoch"}
 
 
 def config_of(records: list[dict[str, Any]]) -> dict[str, Any]:
