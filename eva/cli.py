@@ -1,9 +1,10 @@
 """The command line: flags into settings, settings into a run, mistakes into one line and exit code 2."""
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -18,13 +19,15 @@ from eva.config import (
     collected,
     default_of,
     describe_type,
-    read_yaml,
     resolve,
 )
+from eva.files import read_json
 from eva.recipes import RECIPES, recipe_layer
+from eva.run_folder import read_config
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that SIGINT ended
+EXIT_BROKEN_PIPE = 141  # and one that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
 RESUME_SETTINGS = ("workers", "tracking")
@@ -64,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"eva {arguments.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who read the output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def build_parser() -> Parser:
@@ -90,8 +96,15 @@ def build_parser() -> Parser:
     compare.add_argument("--publish", action="store_true", help="also make a W&B workspace view and a report")
     compare.add_argument("--project", metavar="ENTITY/PROJECT", help="where to publish (that of the first such TARGET)")
     compare.add_argument("--dry_run", action="store_true", help="write what --publish would make, and send nothing")
+    sweep = commands.add_parser("sweep", help="search settings offline, by a W&B sweep YAML", allow_abbrev=False)
+    _add_sweep_arguments(sweep)
+    agent = commands.add_parser("agent", help="run wandb agents, one for each GPU", allow_abbrev=False)
+    agent.add_argument("sweep", metavar="ENTITY/PROJECT/SWEEP", help="the sweep, as `wandb sweep` told it")
+    agent.add_argument("--gpus", metavar="0,1", required=True, help="GPUs; each gets an agent")
+    agent.add_argument("--count", metavar="N", help="trials of each agent; default: no bound")
     for command in (train, find_lr):
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
+    find_lr.add_argument("--write_sweep", metavar="FILE.yaml", help="also write a sweep around what was found")
     for command in (train, find_lr, evaluate):
         known = EVALUATION_SETTINGS if command is evaluate else FIELDS
         order = "others are those of the training" if command is evaluate else "--recipe, --config, flags: later wins"
@@ -106,6 +119,34 @@ def build_parser() -> Parser:
                 help=_help(name, field) if name in known else argparse.SUPPRESS,
             )
     return parser
+
+
+def _add_sweep_arguments(sweep: argparse.ArgumentParser) -> None:
+    sweep.description = (
+        "Runs a W&B sweep without W&B's server: the same YAML, searched by Optuna, on one machine or on many that "
+        "share a disk or a database. Any setting of `eva train` that is given too (--data=folder:PATH) holds for all "
+        "trials."
+    )
+    sweep.add_argument("file", metavar="FILE.yaml", nargs="?", help="the sweep")
+    sweep.add_argument("--check", action="store_true", help="only tell what is wrong, and what the sweep would take")
+    sweep.add_argument("--skip_check", action="store_true", help="begin without the trial runs of the check")
+    sweep.add_argument("--out", metavar="FOLDER", help="the sweep's folder; default: sweeps-out/NAME")
+    sweep.add_argument("--resume", metavar="FOLDER", help="go on with a sweep, or help with one that is running")
+    sweep.add_argument("--count", metavar="N", help="trials; default: run_cap, or the whole grid")
+    sweep.add_argument("--workers", metavar="K", default="1", help="trials that run at the same time (1)")
+    sweep.add_argument("--gpus", metavar="0,1", help="GPUs for the workers; by default one worker each")
+    sweep.add_argument(
+        "--seed", metavar="S", default="0", help="seed of the search: the same one proposes the same (0)"
+    )
+    sweep.add_argument("--storage", metavar="URL", help="journal file or database; default: a journal in the folder")
+    sweep.add_argument("--name", help="what the storage calls the sweep; the same name joins it")
+    sweep.add_argument("--isolate", action="store_true", help="a process for each trial, by the YAML's own command")
+    sweep.add_argument("--retries", metavar="N", default="3", help="deaths of its process that a trial survives (3)")
+    sweep.add_argument("--repeat_best", metavar="K", help="afterwards repeat the best K configurations with new seeds")
+    sweep.add_argument("--seeds", metavar="N", default="3", help="seeds of each repeated configuration (3)")
+    sweep.add_argument("--repeat_median", action="store_true", help="repeat the median configuration with them")
+    sweep.add_argument("--publish", metavar="FOLDER", help="send a sweep's runs to W&B and make a sweep there")
+    sweep.add_argument("--project", metavar="ENTITY/PROJECT", help="where to publish; it must be the runs' own project")
 
 
 def _help(name: str, field: Any) -> str:
@@ -135,10 +176,19 @@ def missing_values(arguments: argparse.Namespace) -> list[str]:
     return [f"command line: {name} must be {describe_type(name)}, but got no value" for name in names]
 
 
-def given_settings(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, str]:
-    """Returns the settings that the command line gives, as text."""
+def given_settings(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that the command line gives: as text, or with types where they came as JSON.
+
+    A W&B agent passes all of them as one JSON object, or as the path of a file of one, if the sweep's command says
+    ${args_json} or ${args_json_file}. Flags win over these.
+
+    Raises:
+        UserError: A text that begins like a JSON object is none, or a JSON file can't be read.
+    """
+    objects = [word for word in unknown if word.startswith("{") or (word.endswith(".json") and "=" not in word)]
+    settings = {name: value for word in objects for name, value in json_settings(word).items()}
     flags = {name: value for name in FIELDS if (value := getattr(arguments, name, MISSING)) is not MISSING}
-    return {**flags, **loose_settings(unknown)}
+    return {**settings, **flags, **loose_settings([word for word in unknown if word not in objects])}
 
 
 def loose_settings(arguments: Sequence[str]) -> dict[str, str]:
@@ -153,6 +203,24 @@ def loose_settings(arguments: Sequence[str]) -> dict[str, str]:
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
         settings[key.lstrip("-")] = value
+    return settings
+
+
+def json_settings(argument: str) -> dict[str, Any]:
+    """Returns the settings of a JSON object, or of a file that holds one.
+
+    Raises:
+        UserError: There is no such object.
+    """
+    if argument.startswith("{"):
+        try:
+            settings = json.loads(argument)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"command line: {argument[:60]!r} is not JSON: {error}") from None
+    else:
+        settings = read_json(Path(argument))
+    if not isinstance(settings, dict):
+        raise UserError(f"command line: {argument!r} must hold a JSON object of settings")
     return settings
 
 
@@ -199,11 +267,7 @@ def configure_again(
         problems.append(f"--resume goes on as the run began: only {known} may differ, but got {', '.join(changed)}")
     if problems:
         raise UserError("\n".join(problems))
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")
-    layer = Layer(f"file {path}", {**read_yaml(path), "out": str(folder)})
-    return resolve([layer, Layer("command line", given)])
+    return read_config(folder, Layer("command line", given))
 
 
 def run_find_lr(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
@@ -215,8 +279,31 @@ def run_find_lr(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     if arguments.show_schedule:
         print(f"schedule: {experiment.show_schedule(config)}")
         return 0
-    print_result(experiment.find_lr(config))
+    if arguments.write_sweep is not None and os.path.lexists(arguments.write_sweep):  # told before the test, not after
+        raise UserError(f"{arguments.write_sweep!r} is there already; choose another --write_sweep")
+    result = experiment.find_lr(config)
+    print_result(result)
+    if arguments.write_sweep is not None:
+        write_lr_sweep(config, result.summary, Path(arguments.write_sweep))
     return 0
+
+
+def write_lr_sweep(config: RunConfig, summary: Mapping[str, Any], path: Path) -> None:
+    """Writes a sweep YAML whose learning rates lie around those that a range test found.
+
+    Raises:
+        UserError: The file can't be written.
+    """
+    from eva.sweep_file import lr_range_sweep
+
+    source = f"recipe {config.recipe}" if config.recipe else f"{config.model} on {config.data}"
+    text = lr_range_sweep(config, summary["lr_min"], summary["lr_max"], source)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"sweep: {path}")
 
 
 def run_evaluate(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
@@ -262,11 +349,29 @@ def run_compare(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     return 0
 
 
+def run_sweep(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva sweep`."""
+    from eva import sweep_command
+
+    return sweep_command.run(arguments, loose_settings(unknown))
+
+
+def run_agent(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva agent`."""
+    from eva.agents import run_agents
+    from eva.sweep_command import whole_number
+
+    count = None if arguments.count is None else whole_number("count", arguments.count)
+    return run_agents(arguments.sweep, arguments.gpus.split(","), count, unknown)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": run_train,
     "find_lr": run_find_lr,
     "evaluate": run_evaluate,
     "compare": run_compare,
+    "sweep": run_sweep,
+    "agent": run_agent,
 }
 
 
@@ -293,6 +398,8 @@ def print_result(result: Any) -> None:
     print(f"run folder: {result.folder}")
     for path in sorted((result.folder / "figures").glob("*.png")):
         print(f"figure: {path}")
+    if result.status == "stopped":
+        print("stopped early by its sweep: what it has counts as its result")
     if result.status == "interrupted":
         print(f"go on with: eva train --resume {result.folder}")
     tracked = evaluation if "wandb_folders" in evaluation else summary

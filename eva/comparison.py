@@ -1,6 +1,5 @@
 """Records of runs into a comparison: ranking, seeds, paired tests, error diffs, importance. No torch, no wandb."""
 
-import itertools
 import math
 import re
 import shutil
@@ -18,7 +17,7 @@ from eva.files import finite
 from eva.importance import Importance, is_number, measure_importance
 from eva.predictions import Predictions, Report, measure
 from eva.records import RunRecord
-from eva.statistics import MeanInterval, PairedTest, holm, mean_interval, paired_tests, welch
+from eva.statistics import GroupTest, MeanInterval, PairedTest, mean_interval, paired_tests, welch_tests
 from eva.text import (
     aligned,
     cut,
@@ -55,7 +54,6 @@ LOW_IS_GOOD = {"loss", "ece", "mce", "nll", "brier", "error", "errors", "seconds
 
 HARD_SHARE = 0.8  # an image that so many of the runs get wrong is one that nearly every run gets wrong
 SURE = 0.9  # mean probability of another class from which on the label is suspected
-ALPHA = 0.05  # probability of any false claim among all pairs that are shown together
 LABEL_LENGTH = 48
 
 
@@ -99,32 +97,6 @@ class SeedGroup:
     label: str
     rows: tuple[Row, ...]
     interval: MeanInterval | None
-
-
-@dataclass(frozen=True)
-class GroupTest:
-    """Two configurations with several seeds each, beside all other such pairs.
-
-    Attributes:
-        a: Label of configuration A.
-        b: Label of configuration B.
-        difference: Mean of B less mean of A.
-        low: Lower end of the difference's interval, simultaneous with those of all pairs (Bonferroni);
-        high: upper end. None where the values say nothing about their spread, as `p` and `p_adjusted`.
-        p: Welch's t test, of this pair alone.
-        p_adjusted: Holm's, for all pairs.
-        better: Label of the better one, if `p_adjusted` is below 0.05 and the interval excludes 0; else None: they are
-            not distinguishable.
-    """
-
-    a: str
-    b: str
-    difference: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_adjusted: float | None
-    better: str | None
 
 
 @dataclass(frozen=True)
@@ -268,7 +240,9 @@ def compare(records: Sequence[RunRecord], metric: str | None = None) -> Comparis
         rows=tuple(rows),
         settings=settings,
         groups=groups,
-        group_tests=_group_tests(groups, goal),
+        group_tests=welch_tests(
+            {group.label: [row.value for row in group.rows if row.value is not None] for group in groups}, goal == "max"
+        ),
         image_sets=image_sets,
         importance=importance,
         no_importance=no_importance,
@@ -478,26 +452,6 @@ def _seed_groups(rows: Sequence[Row], settings: Sequence[str], goal: str) -> tup
 def _fingerprint(row: Row) -> str:
     """Returns what tells the data of a run from others: their fingerprint, or else their name."""
     return str(row.record.summary.get("data_fingerprint") or row.settings["data"])
-
-
-def _group_tests(groups: Sequence[SeedGroup], goal: str) -> tuple[GroupTest, ...]:
-    """Returns Welch's test of each pair of the configurations with several seeds, corrected for the number of pairs."""
-    values = [[row.value for row in group.rows if row.value is not None] for group in groups]
-    pairs = list(itertools.combinations([i for i in range(len(groups)) if len(values[i]) > 1], 2))
-    level = 1 - ALPHA / max(len(pairs), 1)
-    found = [welch(values[i], values[j], level) for i, j in pairs]
-    # A test without a p was not made, and is not corrected for.
-    adjusted = iter(holm([test.p for test in found if test.p is not None]))
-    tests = []
-    for (i, j), test in zip(pairs, found, strict=True):
-        a, b = groups[i].label, groups[j].label
-        p_adjusted = None if test.p is None else next(adjusted)
-        better = None
-        if p_adjusted is not None and p_adjusted < ALPHA and test.low is not None and test.high is not None:
-            rises = test.low > 0
-            better = (b if rises == (goal == "max") else a) if rises or test.high < 0 else None
-        tests.append(GroupTest(a, b, test.difference, test.low, test.high, test.p, p_adjusted, better))
-    return tuple(tests)
 
 
 # Image by image

@@ -2,9 +2,10 @@
 
 import contextlib
 import csv
+import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from eva.run_folder import (
     check_unchanged,
     git_commit,
     make_run_folder,
+    read_config,
     write_config,
 )
 from eva.schedules import Rates, build_schedule
-from eva.tracker import Tracker, WandbTracker, choose_mode
+from eva.tracker import Tracker, WandbTracker, choose_mode, under_agent
+from eva.trial import Trial, current_trial
 
 EVAL_BATCH_SIZE = 500
 
@@ -97,6 +100,24 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     )
 
 
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+def split_data(name: str, data_dir: Path, val_fraction: float) -> tuple[Dataset, Split, Split, Statistics]:
+    """Returns a data set, its train and val, and the mean and deviation of train's channels.
+
+    Raises:
+        UserError: There is no such data set, or it can't be split like that.
+    """
+    dataset = data.load_dataset(name, data_dir, progress=True)
+    train, val = data.hold_out(dataset.train, val_fraction, len(dataset.classes))
+    return dataset, train, val, data.channel_statistics(train.images)
+
+
+# Trials of a sweep share the data of their process, as they were when its first trial began.
+split_once = functools.cache(split_data)
+
+
 def build(config: RunConfig) -> Parts:
     """Loads the data and builds loaders, policy and model. Seeds python, numpy and torch on the way.
 
@@ -104,10 +125,9 @@ def build(config: RunConfig) -> Parts:
         UserError: The configuration names something that doesn't exist or doesn't fit.
     """
     chosen = hardware.choose_hardware(config)
-    dataset = data.load_dataset(config.data, Path(config.data_dir), progress=True)
+    split = split_data if current_trial() is None else split_once
+    dataset, train, val, (mean, std) = split(config.data, Path(config.data_dir), config.val_fraction)
     num_classes = len(dataset.classes)
-    train, val = data.hold_out(dataset.train, config.val_fraction, num_classes)
-    mean, std = data.channel_statistics(train.images)
     if config.train_limit is not None:
         train = data.limit(train, config.train_limit, num_classes)
     policy = policies.build_policy(config.policy, mean, std, config.policy_options)
@@ -144,6 +164,9 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
     Raises:
         UserError: The configuration, the data or the run folder don't allow it.
     """
+    trial = current_trial()
+    if trial is not None:
+        config, resume = in_trial(config, trial)
     with open_run(config, "train", resume) as run:
         if "find" in (config.lr_min, config.lr_max):
             config = with_found_rates(config, range_test(config, run))
@@ -155,22 +178,40 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         if resume:
             training.load(run.folder / "state.pt")
         watched = run.parts.watched_loader, run.parts.watched
+        ends_early = (lambda row: False) if trial is None else trial.report
         with stop_signals() as stop_asked:
-            status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked)
+            status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked, ends_early)
+        if status == "interrupted" and stop_asked.by_agent():
+            status = "stopped"
         run.summary.update(outcome(training, run.parts, status))
         if status == "finished":
             run.summary.update(test_at_the_end(training, run.parts, run.folder))
-        draw_curves(run)
+        if trial is None:  # of a sweep's trials its own pictures tell more, and in less time
+            draw_curves(run)
         run.tracker.summarize(run.summary)
         best = run.folder / "best.safetensors"
         if status != "interrupted" and best.exists():
             metadata = {"summary": run.summary, "config": to_dict(config)}
             artifact = f"model-{run.summary['wandb_id']}"
             run.tracker.log_artifact(artifact, "model", [best], metadata, ("best", "latest"))
-        if status == "finished" and config.evaluate:
+        if status == "finished" and config.evaluate and not stop_asked.by_agent():
             run.summary.update(inspect_best(config, training, run))
             run.tracker.summarize(run.summary)
     return run.result()
+
+
+def in_trial(config: RunConfig, trial: Trial) -> tuple[RunConfig, Path | None]:
+    """Returns the configuration of a trial's run, and the folder to go on in; None for a trial that begins."""
+    if (trial.folder / "state.pt").exists():
+        return read_config(trial.folder)[0], trial.folder
+    return replace(
+        config,
+        out=str(trial.folder),
+        tracking="offline" if config.tracking == "auto" else config.tracking,
+        group=config.group or trial.group,
+        project=config.project or trial.project,
+        entity=config.entity or trial.entity,
+    ), None
 
 
 def find_lr(config: RunConfig) -> Result:
@@ -250,11 +291,15 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
     Raises:
         UserError: The run folder, the configuration or the data don't allow it. A folder made for it is removed.
     """
+    trial = current_trial()
     mode, remark = choose_mode(config.tracking)
-    check_names(config)
+    if trial is None or config.gradcam_layers:  # a trial's data are loaded already: `build` tells as early
+        check_names(config)
     before = check_resumable(resume) if resume else {}
     before.pop("evaluation", None)  # of weights that will change
-    run_id, folder = (before["wandb_id"], resume) if resume else make_run_folder(config)
+    run_id, folder = (
+        (before["wandb_id"], resume) if resume else make_run_folder(config, trial.run_id if trial else None)
+    )
     try:
         parts = build(config)
         policy = parts.policy.describe()
@@ -282,6 +327,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
         "wandb_folders": [],
     }
     facts = {
+        **(trial.arguments if trial else {}),
         **to_dict(config),
         **{
             name: summary[name]
@@ -437,31 +483,47 @@ def draw_curves(run: Run) -> None:
         run.tracker.log_image(f"figures/{name}", figures.save(figure, run.folder / "figures" / f"{name}.png"))
 
 
+class StopSignal:
+    """Whether SIGINT or SIGTERM came, and which."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def by_agent(self) -> bool:
+        """Tells whether it was `wandb agent` that ended the run, whose result counts: early stopping, for one."""
+        return self.number == signal.SIGTERM and under_agent()
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a wish to stop, which the yielded function tells of.
+def stop_signals() -> Iterator[StopSignal]:
+    """Turns the first SIGINT or SIGTERM into a wish to stop, which the yielded object tells of.
 
     A second one acts at once, as it would have without us. Outside the main thread signals can't be caught: then
-    nothing is changed.
+    nothing is changed. Both an agent and W&B's server may tell of the same wish: under an agent, SIGTERM doesn't cut
+    off what a run does after its training.
     """
-    asked = threading.Event()
+    asked = StopSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            ignored = number == signal.SIGTERM and under_agent()
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
+        asked.number = number
         restore()
         print("stopping after this batch; once more to stop at once", flush=True)
 
     for number in previous:
         signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield asked
     finally:
         restore()

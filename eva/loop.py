@@ -251,6 +251,7 @@ def fit(
     folder: Path,
     tracker: Tracker,
     stop_asked: Callable[[], bool],
+    ends_early: Callable[[Mapping[str, Any]], bool] = lambda row: False,
 ) -> str:
     """Trains until the configured end, and after every epoch evaluates, keeps the best weights and saves the state.
 
@@ -262,9 +263,10 @@ def fit(
         folder: Where history.csv, epochs.csv, best.safetensors and state.pt go.
         tracker: Gets one row a batch and one row an epoch.
         stop_asked: Asked after every step and epoch; if it says yes, the state is saved and training ends.
+        ends_early: Told each epoch's row; if it says yes, a sweep has seen enough, and training ends.
 
     Returns:
-        finished, diverged (a loss was not finite: the last logged one) or interrupted.
+        finished, diverged (a loss was not finite: the last logged one), interrupted or stopped (early, by a sweep).
     """
     config, now = training.config, training.progression
     history = Journal(folder / "history.csv", BATCH_COLUMNS)
@@ -317,10 +319,14 @@ def fit(
             metrics = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
             save_weights(folder / "best.safetensors", training.evaluated, {**training.facts, **metrics})
         now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
+        through = now.epoch == config.epochs or now.step >= last_step
+        early = ends_early(row)  # before the epoch counts as done: if this process dies, the sweep hears of it again
         training.save(folder / "state.pt")
         if not math.isfinite(evaluation.loss):
             return "diverged"
-        if stop_asked() and now.epoch < config.epochs and now.step < last_step:
+        if early and not through:
+            return "stopped"
+        if stop_asked() and not through:
             return "interrupted"
     return "finished"
 

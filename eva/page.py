@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from eva import __version__, charts
 from eva.charts import Chart
-from eva.comparison import HARD_SHARE, SURE, Comparison, GroupTest, ImageSet
+from eva.comparison import HARD_SHARE, SURE, Comparison, ImageSet
 from eva.files import write_atomically
 from eva.importance import is_number
-from eva.statistics import PairedTest
-from eva.text import format_difference, format_interval, format_metric, format_p, printable
+from eva.statistics import GroupTest, PairedTest
+from eva.text import duration, format_difference, format_interval, format_metric, format_p, printable
 
 MAX_BYTES = 14 * 2**20  # of the page; as many pictures are taken in as fit
 OPACITY = 0.5  # of the colours over an image, as in eva.gradcam.overlay
@@ -396,21 +396,13 @@ def _runs(comparison: Comparison, names: Mapping[str, str]) -> str:
             *([_number(row.value, format_metric(metric, row.value))] if metric else []),
             *(_cell(text, value if is_number(value) else text) for text, value in settings),
             _cell(str(row.record.summary.get("status", "-"))),
-            _number(seconds, _duration(seconds)),
+            _number(seconds, "-" if seconds is None else duration(seconds)),
             _cell(row.record.id),
             _cell(row.record.source),
         ]
         best = row.value is not None and row.value == comparison.rows[0].value
         rows.append(_row(*cells, css="best" if best else ""))
     return _table("Runs", head, rows)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.3g} s"
 
 
 def _seeds(comparison: Comparison) -> str:

@@ -1,5 +1,6 @@
 """The folder of a run: made, read, and refused where it isn't what it should be."""
 
+import functools
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from eva.config import RunConfig, UserError, to_dict
+from eva.config import Layer, RunConfig, UserError, read_yaml, resolve, to_dict
 from eva.files import finite, read_json, write_atomically
 
 
@@ -20,13 +21,13 @@ def new_run_id() -> str:
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
-def make_run_folder(config: RunConfig) -> tuple[str, Path]:
-    """Returns a run id, W&B's if an agent chose it, and the new run folder, which holds nothing yet.
+def make_run_folder(config: RunConfig, run_id: str | None = None) -> tuple[str, Path]:
+    """Returns the run id, W&B's if an agent chose it and none is given, and the new run folder, which is empty.
 
     Raises:
         UserError: The folder can't be made, or holds something.
     """
-    run_id = os.environ.get("WANDB_RUN_ID") or new_run_id()
+    run_id = run_id or os.environ.get("WANDB_RUN_ID") or new_run_id()
     if set(run_id) & set("/\\#?%: "):
         raise UserError(f"WANDB_RUN_ID must have none of / \\ # ? % : and blanks, but got {run_id!r}")
     folder = Path(config.out or Path("runs") / run_id)
@@ -100,6 +101,19 @@ def write_config(folder: Path, config: RunConfig) -> None:
     write_atomically(folder / "config.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_config(folder: Path, *given: Layer) -> tuple[RunConfig, dict[str, str]]:
+    """Returns the configuration of a run folder, with its own path and what else is given laid over it, and sources.
+
+    Raises:
+        UserError: It is no run folder, or its configuration is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")
+    return resolve([Layer(f"file {path}", {**read_yaml(path), "out": str(folder)}), *given])
+
+
+@functools.cache
 def git_commit() -> str | None:
     """Returns the commit of the repository that eva runs from, with "-dirty" if files differ; None without one."""
     try:

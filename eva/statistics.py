@@ -282,6 +282,62 @@ def welch(values_a: Sequence[float], values_b: Sequence[float], level: float = 0
     return Welch(difference, difference - reach, difference + reach, p)
 
 
+@dataclass(frozen=True)
+class GroupTest:
+    """Two configurations with several seeds each, beside all other such pairs.
+
+    Attributes:
+        a: Name of configuration A.
+        b: Name of configuration B.
+        difference: Mean of B less mean of A.
+        low: Lower end of the difference's interval, simultaneous with those of all pairs (Bonferroni);
+        high: upper end. None where the values say nothing about their spread, as `p` and `p_adjusted`.
+        p: Welch's t test, of this pair alone.
+        p_adjusted: Holm's, for all pairs.
+        better: Name of the better one, if `p_adjusted` is below 0.05 and the interval excludes 0; else None: they are
+            not distinguishable.
+    """
+
+    a: str
+    b: str
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_adjusted: float | None
+    better: str | None
+
+
+def welch_tests(values: Mapping[str, Sequence[float]], higher_is_better: bool) -> tuple[GroupTest, ...]:
+    """Returns Welch's test of each pair of configurations that have several values, corrected by Holm.
+
+    A verdict needs both Holm's p and an interval that excludes 0, simultaneous with those of all pairs (Bonferroni).
+    The probability of any false verdict is at most 0.05 for all pairs together, so that also the pair with the largest
+    difference, chosen after the fact, may be told.
+
+    Args:
+        values: Of each seed, by the configuration's name.
+        higher_is_better: Whether the better one is the one with the higher mean.
+
+    Returns:
+        Tests in the order of `itertools.combinations`.
+    """
+    pairs = list(combinations([name for name in values if len(values[name]) > 1], 2))
+    level = 1 - ALPHA / max(len(pairs), 1)
+    found = [welch(values[a], values[b], level) for a, b in pairs]
+    # A test without a p was not made, and is not corrected for.
+    adjusted = iter(holm([test.p for test in found if test.p is not None]))
+    tests = []
+    for (a, b), test in zip(pairs, found, strict=True):
+        p_adjusted = None if test.p is None else next(adjusted)
+        better = None
+        if p_adjusted is not None and p_adjusted < ALPHA and test.low is not None and test.high is not None:
+            rises = test.low > 0
+            better = (b if rises == higher_is_better else a) if rises or test.high < 0 else None
+        tests.append(GroupTest(a, b, test.difference, test.low, test.high, test.p, p_adjusted, better))
+    return tuple(tests)
+
+
 def _check_values(values: Sequence[float]) -> None:
     if len(values) == 0 or not all(math.isfinite(value) for value in values):
         raise ValueError(f"values must be finite numbers, at least one, but got {list(values)}")

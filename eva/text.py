@@ -124,3 +124,10 @@ def cut(line: str, width: int) -> str:
     while columns_of(line) > width:
         line = line[:-2] + "…"
     return line
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for a reader, in hours, minutes or seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -3,6 +3,7 @@
 import html
 import netrc
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,8 @@ class WandbTracker(Tracker):
         folders = {f"WANDB_{name.upper()}_DIR": str(below / name) for name in ("data", "cache", "artifact")}
         self._set_here = [variable for variable in folders if variable not in os.environ]
         os.environ.update({variable: folders[variable] for variable in self._set_here})
+        if self.mode == "offline":  # or wandb looks up where it would send reports of its crashes
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._wandb = wandb
@@ -188,7 +191,9 @@ class WandbTracker(Tracker):
                 dir=str(self._run_folder),
                 mode=self.mode,  # type: ignore[arg-type]
                 config=dict(self._facts),
-                settings=wandb.Settings(silent=self.mode == "offline", quiet=True),
+                settings=wandb.Settings(
+                    silent=self.mode == "offline", quiet=True, stop_fn=_end_trial if under_agent() else None
+                ),
             )
         except wandb.errors.Error as error:
             self._forget_folders()
@@ -293,6 +298,16 @@ class WandbTracker(Tracker):
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
+
+
+def under_agent() -> bool:
+    """Tells whether `wandb agent` started this process, as a trial of its sweep."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
+def _end_trial() -> None:
+    """Ends this run as its agent does, when W&B's server says so before the agent has heard of it."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def choose_mode(tracking: str) -> tuple[str, str]:

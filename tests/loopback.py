@@ -24,6 +24,7 @@ from loopback_records import (
     Json,
     Run,
     Sweep,
+    Trial,
     connection,
     first_of,
     lookup,
@@ -279,9 +280,12 @@ class LoopbackServer:
         run = self.runs.get(_key(variables, "name", "run"))
         return self._in_project(variables, run=None if run is None else run.node())
 
+    def _runs_of(self, entity: str, project: str, wanted: Json) -> list[Run]:
+        return [run for key, run in self.runs.items() if key[:2] == (entity, project) and run.matches(wanted)]
+
     def _list_runs(self, variables: Json) -> Json:
         wanted, order = json.loads(variables.get("filters") or "{}"), variables.get("order") or "+created_at"
-        runs = [run for key, run in self.runs.items() if key[:2] == _key(variables)[:2] and run.matches(wanted)]
+        runs = self._runs_of(*_key(variables)[:2], wanted)
         having = [run for run in runs if run.attribute(order.lstrip("+-")) is not None]
         having.sort(key=lambda run: run.attribute(order.lstrip("+-")), reverse=order.startswith("-"))
         nodes = [run.node() for run in having + [run for run in runs if run not in having]]
@@ -461,7 +465,12 @@ class LoopbackServer:
             entity, project, _ = _key(variables)
             sweep = Sweep(entity, project, f"sweep{len(self.sweeps) + 1}", variables["config"])
             self.sweeps[entity, project, sweep.id] = sweep
+        elif variables.get("config"):
+            sweep.configure(variables["config"])
         sweep.state = variables.get("state") or sweep.state
+        asked = [{"sweep": sweep.id}, *map(json.loads, filter(None, [variables.get("priorRunsFilters")]))]
+        for run in self._runs_of(sweep.entity, sweep.project, {"$or": asked}):
+            sweep.adopt(run)
         return {"upsertSweep": {"sweep": sweep.node(), "configValidationWarnings": []}}
 
     def _sweep(self, variables: Json) -> Json:
@@ -480,15 +489,23 @@ class LoopbackServer:
         return {"createAgent": {"agent": {"id": agent}}}
 
     def _heartbeat(self, variables: Json) -> Json:
-        """Commands the next run of the plan where none is running, or to leave where there is no next one."""
-        sweep, command = self._agents[variables["id"]], Json(type="exit")
-        running = json.loads(variables["runState"])
-        if sweep.plan and not running:
-            values = {name: {"value": value} for name, value in sweep.plan.pop(0).items()}
-            sweep.started.append(f"{sweep.id}-{len(sweep.started) + 1}")
-            command = Json(type="run", run_id=sweep.started[-1], program=None, args=values)
-        commands = json.dumps([] if running else [command])
-        return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": commands}}
+        """Commands what is to stop, or the next run of the plan where none is running, or to leave for want of one."""
+        sweep, running = self._agents[variables["id"]], json.loads(variables["runState"])
+        commands = [Json(type="stop", run_id=run_id) for run_id in running if self._stops(sweep, run_id)]
+        sweep.stopped.update(command["run_id"] for command in commands)
+        if not running and sweep.plan:
+            trial = Trial(f"{sweep.id}-{len(sweep.trials) + 1}", variables["id"], sweep.plan.pop(0))
+            sweep.trials.append(trial)
+            values = {name: {"value": value} for name, value in trial.values.items()}
+            program = sweep.settings.get("program")
+            commands.append({"type": "run", "run_id": trial.run_id, "program": program, "args": values})
+        elif not running:
+            commands.append({"type": "exit"})
+        return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
+
+    def _stops(self, sweep: Sweep, run_id: str) -> bool:
+        run = self.runs.get((sweep.entity, sweep.project, run_id))  # none before it began
+        return run is not None and sweep.stops(run)
 
 
 class _HttpServer(ThreadingHTTPServer):

@@ -5,6 +5,7 @@ A node holds every field that any request of wandb 0.31 selects: the client pass
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+import yaml
 
 Json = dict[str, Any]
 
@@ -197,9 +200,31 @@ class Collection:
         }
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A run that an agent was told to start.
+
+    Attributes:
+        agent: GraphQL's id of the agent.
+        values: What the agent was given, nested groups as mappings.
+    """
+
+    run_id: str
+    agent: str
+    values: Json
+
+
 @dataclass(eq=False, repr=False)
 class Sweep:
-    """A sweep, whose agents are given the configurations of `plan` one after the other, and then sent home."""
+    """A sweep, whose agents are given the configurations of `plan` one after the other, and then sent home.
+
+    Attributes:
+        config: The YAML as it was sent.
+        plan: What is still to be given. A grid makes its own; for other methods a test says what.
+        trials: What was given, in order, and to whom.
+        stops: Tells of a run that is under way whether its agent is to stop it.
+        stopped: The runs that agents were told to stop.
+    """
 
     entity: str
     project: str
@@ -208,22 +233,64 @@ class Sweep:
     created: str = field(default_factory=now)
     state: str = "RUNNING"
     plan: list[Json] = field(default_factory=list)
-    started: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    stops: Callable[[Run], bool] = lambda run: False
+    stopped: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.configure(self.config)
 
     @property
     def node_id(self) -> str:
         """What GraphQL calls it."""
         return node_id("Sweep", self.id)
 
+    @property
+    def settings(self) -> Json:
+        """What the YAML holds."""
+        settings: Json = yaml.safe_load(self.config)
+        return settings
+
+    def configure(self, config: str) -> None:
+        """Takes a YAML, and plans what of its grid was not given yet."""
+        self.config = config
+        grid = combinations(self.settings["parameters"]) if self.settings["method"] == "grid" else []
+        given = [trial.values for trial in self.trials]
+        self.plan = [values for values in grid if values not in given]
+
+    def adopt(self, run: Run) -> None:
+        """Puts a run into the sweep that was made elsewhere: its configuration is not tried again."""
+        run.sweep = self.id
+        self.plan = [values for values in self.plan if not _holds(run.config, values)]
+
     def node(self) -> Json:
         """Returns the sweep as GraphQL has it, without its runs."""
-        method = re.search(r"^method: *(\w+)", self.config, re.MULTILINE)
         return {
             **{"__typename": "Sweep", "id": self.node_id, "name": self.id, "displayName": None, "description": None},
-            **{"project": project_node(self.entity, self.project), "method": method and method[1]},
+            **{"project": project_node(self.entity, self.project), "method": self.settings["method"]},
             **{"state": self.state, "config": self.config, "createdAt": self.created, "updatedAt": None},
             **{"heartbeatAt": None, "bestLoss": None, "runCountExpected": None},
         }
+
+
+def combinations(parameters: Json) -> list[Json]:
+    """Returns what a grid has an agent be given: sorted by name, nested groups last; the last name changes fastest."""
+    names = sorted(parameters, key=lambda name: ("parameters" in parameters[name], name))
+    choices = [_choices(parameters[name]) for name in names]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def _choices(parameter: Json) -> list[Any]:
+    if "parameters" in parameter:
+        return list(combinations(parameter["parameters"]))
+    return list(parameter["values"]) if "values" in parameter else [parameter["value"]]
+
+
+def _holds(config: Any, values: Any) -> bool:
+    """Tells whether a configuration has some values, which may be nested or have dots in their names."""
+    if isinstance(config, dict) and isinstance(values, dict):
+        return all(_holds(lookup(config, name), value) for name, value in values.items())
+    return bool(config == values)
 
 
 def node_id(kind: str, name: object) -> str:

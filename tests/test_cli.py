@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from eva.cli import build_parser, configure, main, print_settings
 from eva.config import EVALUATION_SETTINGS, FIELDS, RunConfig, UserError, default_of, describe_type, to_dict
 from eva.recipes import RECIPES
+from eva.sweep_file import read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +55,22 @@ def test_arguments_without_equals_signs_arrive_too(values: dict[str, Any]) -> No
     as_yaml = {name: value for name, value in to_dict(RunConfig(**values)).items() if not str(value).startswith("-")}
     config, _ = parsed(*agent_writes(as_yaml, "args_no_equals"))
     assert same(config, RunConfig(**{name: values[name] for name in as_yaml}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(valid_settings())
+def test_settings_arrive_as_one_json_object_or_the_path_of_one(values: dict[str, Any]) -> None:
+    (argument,) = agent_writes(to_dict(RunConfig(**values)), "args_json")
+    assert same(parsed(argument)[0], RunConfig(**values))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config-x.json"
+        path.write_text(argument, encoding="utf-8")
+        assert same(parsed(str(path))[0], RunConfig(**values))
+
+
+def test_a_flag_after_a_json_object_wins_over_it() -> None:
+    config, _ = parsed('{"lr_max": 0.2, "policy_options": {"cutout": 8}}', "--lr_max=0.4", "--policy_options.cutout=4")
+    assert (config.lr_max, config.policy_options) == (0.4, {"cutout": 4})
 
 
 @settings(max_examples=40, deadline=None)
@@ -277,6 +295,9 @@ def small(**changes: Any) -> list[str]:
             ],
         ),
         (["--lr_min=0.3"], ["lr_min must not be above lr_max, but got lr_min=0.3, lr_max=0.1"]),
+        (['{"epochs": 3'], ["command line: '{\"epochs\": 3' is not JSON: "]),
+        (['{"epochs": "3 or so"}'], ["command line: epochs must be a whole number, but got '3 or so'"]),
+        (["none.json"], ["cannot read 'none.json': No such file or directory"]),
         (["--config=none.yaml"], ["cannot read 'none.yaml': No such file or directory"]),
         (["--config="], ["cannot read '': "]),
         (
@@ -521,3 +542,28 @@ def test_the_runners_are_the_commands(workplace: Path, command: str, clean_envir
             f"eva {command}: error: command line: unknown setting 'lr_maxx'; did you mean 'lr_max'?\n"
             f"eva {command}: error: command line: epochs must be a whole number, but got 'many'\n"
         )
+
+
+def test_who_has_seen_enough_of_the_output_gets_no_traceback(clean_environment: dict[str, str]) -> None:
+    """`eva train --list | head -1`: the rest of the list meets a closed pipe."""
+    command = f"{sys.executable} -u -m eva.cli train --list | head -1; exit ${{PIPESTATUS[0]}}"
+    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=clean_environment, cwd=ROOT)
+    assert (answer.returncode, answer.stderr) == (141, "")
+    assert answer.stdout.startswith("recipe")
+
+
+def test_find_lr_writes_a_sweep_around_what_it_found(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"model": "resnet9", "train_limit": 300, "find_lr_steps": 12, "find_lr_start": 1e-3, "find_lr_end": 10}
+    arguments = ["find_lr", *flags({**SMALL_RUN, **found, "tracking": "disabled", "lr_max": "find"})]
+    assert main([*arguments, "--out=run", "--write_sweep=lr.yaml"]) == 0
+    assert "sweep: lr.yaml" in capsys.readouterr().out
+    lr_max = json.loads((workplace / "run" / "summary.json").read_text())["lr_max"]
+    searched = {one.name: one.distribution for one in read_sweep("lr.yaml").searched}
+    assert searched.keys() == {"lr_min", "lr_max"}
+    least, most = (searched["lr_max"].value_at(quantile) for quantile in (0.0, 1.0 - 1e-9))
+    assert least < lr_max < most
+    written = Path("lr.yaml").read_text()
+    (line,) = refused([*arguments, "--out=other", "--write_sweep=lr.yaml"], capsys)
+    assert line == "'lr.yaml' is there already; choose another --write_sweep"
+    assert Path("lr.yaml").read_text() == written
+    assert not Path("other").exists()

@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ def run(
     resume: bool = False,
     watched: str = "val",
     spy: Callable[[Training, RecordingTracker], None] = lambda training, tracker: None,
+    ends_early: Callable[[Mapping[str, Any]], bool] = lambda row: False,
 ) -> Trained:
     """Trains the small network; `spy` is called after every step."""
     folder.mkdir(exist_ok=True)
@@ -111,7 +112,7 @@ def run(
         spy(training, tracker)
         return training.progression.step >= stop_at
 
-    status = fit(training, loader, watched_batches(images), watched, folder, tracker, stop_asked)
+    status = fit(training, loader, watched_batches(images), watched, folder, tracker, stop_asked, ends_early)
     return Trained(status, training, tracker, folder)
 
 
@@ -412,6 +413,28 @@ def test_a_wish_to_stop_at_the_very_end_is_too_late(tmp_path: Path, settings: di
     done = run(tmp_path / "run", make_config(**settings), stop_at=steps)
     assert done.status == "finished"
     assert [row["epoch"] for row in done.epoch_rows] == [1, 2]
+
+
+def test_a_sweep_that_has_seen_enough_ends_the_run_after_that_epoch(tmp_path: Path) -> None:
+    """It is told every epoch's row; what is there by then is that of a run that was never to be longer."""
+    told: list[Mapping[str, Any]] = []
+
+    def after_two(row: Mapping[str, Any]) -> bool:
+        told.append(row)
+        return bool(row["epoch"] >= 2)
+
+    stopped = run(tmp_path / "stopped", make_config(epochs=4), ends_early=after_two)
+    whole = run(tmp_path / "whole", make_config(epochs=2))
+    assert (stopped.status, whole.status) == ("stopped", "finished")
+    assert told == stopped.epoch_rows
+    assert without_clock(stopped.tracker.rows) == without_clock(whole.tracker.rows)
+    assert_equal_weights(stopped.training.model, whole.training.model)
+    assert {path.name for path in stopped.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
+
+
+def test_a_sweep_that_has_seen_enough_after_the_last_epoch_ends_nothing_early(tmp_path: Path) -> None:
+    assert run(tmp_path, make_config(epochs=1), ends_early=lambda row: True).status == "finished"
+    assert run(tmp_path / "steps", make_config(max_steps=3), ends_early=lambda row: True).status == "finished"
 
 
 def test_a_killed_run_goes_on_from_its_last_saved_step_and_drops_later_rows(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from loopback import API_KEY, LoopbackServer
-from loopback_records import Run
+from loopback_records import Run, combinations
 
 PROJECT = "loopback/project"
 CONFIG = {"lr": 0.1, "seed": 3, "name": "a <b>", "flag": True, "none": None, "sizes": [1, 2], "nested": {"decay": 1e-5}}
@@ -442,10 +443,41 @@ def test_an_agent_starts_the_planned_runs(client: Client, root: Path) -> None:
     (folder / "sweep.yaml").write_text(json.dumps(sweep))
     done = client.command(folder, wandb, "sweep", "--project", "search", "sweep.yaml")
     assert done.returncode == 0 and "loopback/search/sweep1" in done.stderr
-    client.server.sweeps["loopback", "search", "sweep1"].plan = [{"lr": 0.25}]
+    assert client.server.sweeps["loopback", "search", "sweep1"].plan == [{"lr": 0.25}]
     done = client.command(folder, wandb, "agent", "loopback/search/sweep1")
     assert done.returncode == 0, done.stderr
     run = client.server.runs["loopback", "search", "sweep1-1"]
     assert (run.sweep, run.state, run.config) == ("sweep1", "finished", {"lr": 0.25})
     assert [(row["doubled"], row["method"]) for row in run.history] == [(0.5, "grid")]
+    assert client.server.unknown == []
+
+
+def test_a_grid_is_every_combination_sorted_by_name_with_groups_last() -> None:
+    group = {"parameters": {"deep": {"values": [True, None]}, "also": {"value": [1, 2]}}}
+    plan = combinations({"a": group, "z": {"values": [1, 2]}, "b": {"value": 1e-5}})
+    deep = [{"also": [1, 2], "deep": True}, {"also": [1, 2], "deep": None}]
+    assert plan == [{"b": 1e-5, "z": number, "a": inner} for number in (1, 2) for inner in deep]
+    assert [[*values] for values in plan] == [["b", "z", "a"]] * 4
+
+
+def test_runs_that_are_put_into_a_sweep_are_not_tried_again(client: Client, synced: Run, root: Path) -> None:
+    folder, wandb = root / "prior", str(Path(sys.executable).with_name("wandb"))
+    nested = {"parameters": {"decay": {"values": [1e-5, 1e-4]}}}
+    sweep = {"method": "grid", "parameters": {"lr": {"values": [0.1, 0.2]}, "nested": nested}}
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    done = client.command(folder, wandb, "sweep", "--project", "project", "-R", "offline", "-R", "none", "sweep.yaml")
+    assert done.returncode == 0, done.stderr
+    [made] = [sweep for key, sweep in client.server.sweeps.items() if key[1] == "project"]
+    left = [(0.1, 1e-4), (0.2, 1e-5), (0.2, 1e-4)]
+    assert made.plan == [{"lr": lr, "nested": {"decay": decay}} for lr, decay in left]
+    runs = [run for run in client.server.runs.values() if run.sweep == made.id]
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**sweep, "parameters": {"lr": {"values": [0.1, 0.3, 0.4]}}}))
+    path = f"loopback/project/{made.id}"
+    done = client.command(folder, wandb, "sweep", "--update", path, "-R", "pieces", "sweep.yaml")
+    assert done.returncode == 0, done.stderr
+    assert made.plan == [{"lr": 0.4}] and client.server.runs["loopback", "project", "pieces"].sweep == made.id
+    for run in [*runs, client.server.runs["loopback", "project", "pieces"]]:
+        run.sweep = None  # other tests read them
+    assert [run.id for run in runs] == ["offline"]
     assert client.server.unknown == []
