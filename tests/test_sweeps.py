@@ -90,6 +90,7 @@ def test_each_trial_is_a_run_that_eva_can_configure(path: Path) -> None:
 def test_the_models_and_policies_of_its_trials_can_be_built(path: Path) -> None:
     """Names of models and policies, and a policy's options, are looked at only when something is built of them."""
     made = configs(read_sweep(path))
+    assert made
     for name, options in {(config.policy, tuple(config.policy_options.items())) for config in made}:
         build_policy(name, (0.5,) * 3, (0.25,) * 3, dict(options))
     for model, norm, splits, groups in {(c.model, c.norm, c.ghost_splits, c.norm_groups) for c in made}:
