@@ -1,47 +1,36 @@
 """The command line: flags into settings, settings into a run, mistakes into one line and exit code 2."""
 
 import argparse
-import json
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 from eva import __version__, recipes
 from eva.config import (
     EVALUATION_SETTINGS,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
     FIELDS,
-    TYPES,
     Layer,
     RunConfig,
     UserError,
     collected,
     default_of,
-    describe_type,
     resolve,
 )
-from eva.files import read_json
+from eva.flags import Parser, add_settings, given_settings, loose_settings
 from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import read_config
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as shells report a program that SIGINT ended
-EXIT_BROKEN_PIPE = 141  # and one that SIGPIPE ended
+EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
 RESUME_SETTINGS = ("workers", "tracking")
-
-
-# Stands for the value of a flag that has none, until all mistakes are told together.
-MISSING: Any = object()
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, without the usage, which has a line for each of the settings."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return int(COMMANDS[arguments.command](arguments, unknown))
+        with sigterm_as_ctrl_c():
+            return int(COMMANDS[arguments.command](arguments, unknown))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"eva {arguments.command}: error: {line}", file=sys.stderr)
@@ -70,6 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read the output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is, so that a run that an agent or a batch system ends is closed in order.
+
+    Outside the main thread, and where SIGTERM means something already, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_parser() -> Parser:
@@ -108,24 +114,15 @@ def build_parser() -> Parser:
     for command in (train, find_lr, evaluate):
         known = EVALUATION_SETTINGS if command is evaluate else FIELDS
         order = "others are those of the training" if command is evaluate else "--recipe, --config, flags: later wins"
-        settings = command.add_argument_group("settings", order)
-        for name, field in FIELDS.items():
-            settings.add_argument(
-                f"--{name}",
-                nargs="?",
-                const="true" if bool in (TYPES[name], *get_args(TYPES[name])) else MISSING,
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=_help(name, field) if name in known else argparse.SUPPRESS,
-            )
+        add_settings(command, known, order)
     return parser
 
 
 def _add_sweep_arguments(sweep: argparse.ArgumentParser) -> None:
     sweep.description = (
         "Runs a W&B sweep without W&B's server: the same YAML, searched by Optuna, on one machine or on many that "
-        "share a disk or a database. Any setting of `eva train` that is given too (--data=folder:PATH) holds for all "
-        "trials."
+        "share a disk or a database. Settings of `eva train` that are given too (--data=folder:PATH) hold for all "
+        "trials; but --seed, --workers, --out, --name and --project are those of the sweep, as told below."
     )
     sweep.add_argument("file", metavar="FILE.yaml", nargs="?", help="the sweep")
     sweep.add_argument("--check", action="store_true", help="only tell what is wrong, and what the sweep would take")
@@ -133,27 +130,19 @@ def _add_sweep_arguments(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--out", metavar="FOLDER", help="the sweep's folder; default: sweeps-out/NAME")
     sweep.add_argument("--resume", metavar="FOLDER", help="go on with a sweep, or help with one that is running")
     sweep.add_argument("--count", metavar="N", help="trials; default: run_cap, or the whole grid")
-    sweep.add_argument("--workers", metavar="K", default="1", help="trials that run at the same time (1)")
+    sweep.add_argument("--workers", metavar="K", help="trials that run at the same time (1)")
     sweep.add_argument("--gpus", metavar="0,1", help="GPUs for the workers; by default one worker each")
-    sweep.add_argument(
-        "--seed", metavar="S", default="0", help="seed of the search: the same one proposes the same (0)"
-    )
+    sweep.add_argument("--seed", metavar="S", help="seed of the search: the same one proposes the same (0)")
     sweep.add_argument("--storage", metavar="URL", help="journal file or database; default: a journal in the folder")
     sweep.add_argument("--name", help="what the storage calls the sweep; the same name joins it")
     sweep.add_argument("--isolate", action="store_true", help="a process for each trial, by the YAML's own command")
-    sweep.add_argument("--retries", metavar="N", default="3", help="deaths of its process that a trial survives (3)")
+    sweep.add_argument("--retries", metavar="N", help="deaths of its process that a trial survives (3)")
+    sweep.add_argument("--retry_failed", action="store_true", help="with --resume: run failed trials once more")
     sweep.add_argument("--repeat_best", metavar="K", help="afterwards repeat the best K configurations with new seeds")
-    sweep.add_argument("--seeds", metavar="N", default="3", help="seeds of each repeated configuration (3)")
+    sweep.add_argument("--seeds", metavar="N", help="seeds of each repeated configuration (3)")
     sweep.add_argument("--repeat_median", action="store_true", help="repeat the median configuration with them")
-    sweep.add_argument("--publish", metavar="FOLDER", help="send a sweep's runs to W&B and make a sweep there")
-    sweep.add_argument("--project", metavar="ENTITY/PROJECT", help="where to publish; it must be the runs' own project")
-
-
-def _help(name: str, field: Any) -> str:
-    default = default_of(field)
-    unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-    shown = "none" if default is None else list(default) if isinstance(default, tuple) else default
-    return f"{field.metadata['help']}{unit}; {describe_type(name)} (default: {shown})".replace("%", "%%")
+    sweep.add_argument("--publish", metavar="FOLDER", help="send a sweep's runs to W&B, make a sweep there")
+    sweep.add_argument("--project", metavar="[ENTITY/]PROJECT", help="W&B project of the runs, from the beginning on")
 
 
 def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
@@ -162,66 +151,13 @@ def configure(arguments: argparse.Namespace, unknown: Sequence[str]) -> tuple[Ru
     Raises:
         UserError: All problems at once, a line each.
     """
-    problems = missing_values(arguments)
+    problems: list[str] = []
+    given = given_settings(arguments, unknown, problems)
     with collected(problems):
-        config, sources = recipes.configure(Layer("command line", given_settings(arguments, unknown)), arguments.config)
+        config, sources = recipes.configure(Layer("command line", given), arguments.config)
     if problems:
         raise UserError("\n".join(problems))
     return config, sources
-
-
-def missing_values(arguments: argparse.Namespace) -> list[str]:
-    """Returns a line for each flag that needs a value and has none."""
-    names = [name for name in FIELDS if getattr(arguments, name, None) is MISSING]
-    return [f"command line: {name} must be {describe_type(name)}, but got no value" for name in names]
-
-
-def given_settings(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings that the command line gives: as text, or with types where they came as JSON.
-
-    A W&B agent passes all of them as one JSON object, or as the path of a file of one, if the sweep's command says
-    ${args_json} or ${args_json_file}. Flags win over these.
-
-    Raises:
-        UserError: A text that begins like a JSON object is none, or a JSON file can't be read.
-    """
-    objects = [word for word in unknown if word.startswith("{") or (word.endswith(".json") and "=" not in word)]
-    settings = {name: value for word in objects for name, value in json_settings(word).items()}
-    flags = {name: value for name in FIELDS if (value := getattr(arguments, name, MISSING)) is not MISSING}
-    return {**settings, **flags, **loose_settings([word for word in unknown if word not in objects])}
-
-
-def loose_settings(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns as settings what the parser doesn't know: `--policy_options.cutout=8`, `lr_max=0.4`, and mistakes.
-
-    `resolve` tells the known from the unknown ones.
-    """
-    settings: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        settings[key.lstrip("-")] = value
-    return settings
-
-
-def json_settings(argument: str) -> dict[str, Any]:
-    """Returns the settings of a JSON object, or of a file that holds one.
-
-    Raises:
-        UserError: There is no such object.
-    """
-    if argument.startswith("{"):
-        try:
-            settings = json.loads(argument)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"command line: {argument[:60]!r} is not JSON: {error}") from None
-    else:
-        settings = read_json(Path(argument))
-    if not isinstance(settings, dict):
-        raise UserError(f"command line: {argument!r} must hold a JSON object of settings")
-    return settings
 
 
 def print_settings(config: RunConfig, sources: dict[str, str]) -> None:
@@ -259,8 +195,8 @@ def configure_again(
     Raises:
         UserError: It is no run folder, or a flag would change what the run computes.
     """
-    problems = missing_values(arguments)
-    given = given_settings(arguments, unknown)
+    problems: list[str] = []
+    given = given_settings(arguments, unknown, problems)
     changed = [name for name in given if name not in RESUME_SETTINGS] + ["config"] * (arguments.config is not None)
     if changed:
         known = " and ".join(RESUME_SETTINGS)
@@ -279,8 +215,11 @@ def run_find_lr(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     if arguments.show_schedule:
         print(f"schedule: {experiment.show_schedule(config)}")
         return 0
-    if arguments.write_sweep is not None and os.path.lexists(arguments.write_sweep):  # told before the test, not after
-        raise UserError(f"{arguments.write_sweep!r} is there already; choose another --write_sweep")
+    if arguments.write_sweep is not None:  # told before the test, not after
+        if os.path.lexists(arguments.write_sweep):
+            raise UserError(f"{arguments.write_sweep!r} is there already; choose another --write_sweep")
+        if not os.access(parent := Path(arguments.write_sweep).absolute().parent, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {arguments.write_sweep!r}: there is no folder {str(parent)!r} to write in")
     result = experiment.find_lr(config)
     print_result(result)
     if arguments.write_sweep is not None:
@@ -310,11 +249,11 @@ def run_evaluate(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     """`eva evaluate`."""
     from eva.checkpoint_evaluation import configure_evaluation, evaluate, open_checkpoint
 
-    problems = missing_values(arguments)
+    problems: list[str] = []
+    given = given_settings(arguments, unknown, problems)
     with open_checkpoint(arguments.target) as checkpoint:
         with collected(problems):
-            given = Layer("command line", given_settings(arguments, unknown))
-            config, sources = configure_evaluation(checkpoint, given)
+            config, sources = configure_evaluation(checkpoint, Layer("command line", given))
         if problems:
             raise UserError("\n".join(problems))
         print_settings(config, sources)

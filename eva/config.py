@@ -12,6 +12,10 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+# Exit codes: of a user's mistake, and as shells report a program that SIGINT ended.
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
 
 class UserError(ValueError):
     """A mistake of the user's: one line (or one a problem) that names the thing, its value and what would be right.
@@ -154,6 +158,20 @@ EVALUATION_SETTINGS = (
     *("device", "precision", "channels_last", "workers"),
     *("out", "tracking", "project", "entity", "group", "name", "tags"),
 )
+
+# Settings that only some trainings read: the setting that decides, and its values with which they do.
+READ_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ghost_splits": ("norm", ("ghost",)),
+    "norm_groups": ("norm", ("group",)),
+    "nesterov": ("optimizer", ("sgd",)),
+    "momentum_min": ("schedule", ("onecycle", "cosine_onecycle", "triangular")),
+    "lr_min": ("schedule", ("onecycle", "cosine_onecycle", "cosine", "plateau", "triangular")),
+    "peak_epoch": ("schedule", ("onecycle", "cosine_onecycle")),
+    "lr_factor": ("schedule", ("step", "plateau")),
+    "lr_steps": ("schedule", ("step",)),
+    "patience": ("schedule", ("plateau",)),
+    "cycle_epochs": ("schedule", ("triangular",)),
+}
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,17 @@ class Distribution:
     probabilities: tuple[float, ...] = ()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Distribution":
+    def from_config(cls, config: Mapping[str, Any], repeats: bool = False) -> "Distribution":
         """Returns the distribution that a parameter of a sweep's YAML asks for, W&B's defaults filled in.
+
+        Args:
+            config: What stands in the YAML.
+            repeats: As `config_problems` takes it.
 
         Raises:
             UserError: All that is wrong, a line each.
         """
-        if problems := config_problems(config):
+        if problems := config_problems(config, repeats):
             raise UserError("\n".join(text for _, text in problems))
         return _filled(config)
 
@@ -250,8 +254,13 @@ def _filled(config: Mapping[str, Any]) -> Distribution:
 # --- what may be wrong ---
 
 
-def config_problems(config: Mapping[str, Any]) -> list[ConfigProblem]:
-    """Returns what is wrong about a parameter of a sweep's YAML, with its place; an empty list if nothing is."""
+def config_problems(config: Mapping[str, Any], repeats: bool = False) -> list[ConfigProblem]:
+    """Returns what is wrong about a parameter of a sweep's YAML, with its place; an empty list if nothing is.
+
+    Args:
+        config: What stands in the YAML.
+        repeats: Whether a value may be there twice, which makes it twice as likely to be drawn. A grid has it once.
+    """
     name = kind_of(config)
     if name is None:
         return [_no_kind(config)]
@@ -260,7 +269,7 @@ def config_problems(config: Mapping[str, Any]) -> list[ConfigProblem]:
     problems += [((), f"{name} needs {key}") for key in kind.needed if key not in config]
     for key in ("values", "probabilities"):
         if key in kind.needed and key in config:
-            problems += _list_problems(key, config[key])
+            problems += _list_problems(key, config[key], repeats)
     numbers = [key for key in ("min", "max", "mu", "sigma", "a", "b", "q") if key in kind.keys and key in config]
     problems += [((key,), rule) for key in numbers if (rule := _number_problem(name, key, config[key]))]
     return problems or _joint_problems(name, config)
@@ -301,11 +310,11 @@ def _number_problem(name: str, key: str, value: Any) -> str | None:
     return None
 
 
-def _list_problems(key: str, values: Any) -> list[ConfigProblem]:
+def _list_problems(key: str, values: Any, repeats: bool) -> list[ConfigProblem]:
     if not isinstance(values, list) or not values:
         return [((key,), f"{key} must be a list with something in it, but got {values!r:.60}")]
     if key == "values":
-        return _duplicates(values)
+        return [] if repeats else _duplicates(values)
     problems: list[ConfigProblem] = []
     for index, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:

@@ -305,7 +305,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterato
         policy = parts.policy.describe()
         if resume:
             check_unchanged(resume, before, parts.dataset.fingerprint, policy)
-    except UserError:
+    except BaseException:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise

@@ -117,7 +117,7 @@ class Configuration:
 
     @property
     def remark(self) -> str:
-        """What its mean does not show: trials that were stopped, diverged or failed; "" if all finished."""
+        """What its mean does not show: trials that were stopped, diverged, failed or have no value; "" if none."""
         count, told = len(self.trials) + self.num_failed, []
         for state in RESULTS[1:]:
             lengths = sorted(len(trial.curve) for trial in self.trials if trial.state == state)
@@ -125,6 +125,8 @@ class Configuration:
                 continue
             share = "" if count == 1 else f"all {count} " if len(lengths) == count else f"{len(lengths)} of {count} "
             told.append(f"{share}{state} after {_epochs(lengths[0], lengths[-1])}")
+        if without := sum(trial.state == "finished" and trial.result is None for trial in self.trials):
+            told.append("without a value" if count == 1 else f"{without} of {count} without a value")
         if self.num_failed:
             told.append(f"{self.num_failed} of {count} failed")
         return ", ".join(told)
@@ -202,7 +204,7 @@ def _ranked(trials: Sequence[TrialRecord], goal: str) -> list[Configuration]:
     groups: dict[Hashable, list[TrialRecord]] = defaultdict(list)
     for trial in sorted(trials, key=lambda trial: trial.number):
         if trial.state in ENDED:
-            groups[_key(trial)].append(trial)
+            groups[configuration_key(trial)].append(trial)
     found = [_configuration(group) for group in groups.values()]
 
     def order(configuration: Configuration) -> tuple[float, int, int]:
@@ -212,7 +214,8 @@ def _ranked(trials: Sequence[TrialRecord], goal: str) -> list[Configuration]:
     return sorted((configuration for configuration in found if configuration.trials), key=order)
 
 
-def _key(trial: TrialRecord) -> Hashable:
+def configuration_key(trial: TrialRecord) -> Hashable:
+    """Returns what trials have in common that differ by their seed alone."""
     return identity({name: value for name, value in trial.values.items() if name != SEED})
 
 
@@ -252,7 +255,7 @@ def conclusion(configurations: Sequence[Configuration], tests: Sequence[GroupTes
         tests: Of their pairs, from `distinguishable`.
     """
     tested = [each.number for each in configurations if any(each.label in (test.a, test.b) for test in tests)]
-    untested = [each.number for each in configurations if each.number not in tested]
+    untested = [each.number for each in configurations if len(each.by_seed) < 2]
     better = {(test.a, test.b) if test.better == test.a else (test.b, test.a) for test in tests if test.better}
     beats = {a: [b for b in tested if (f"trial {a}", f"trial {b}") in better] for a in tested}
     clauses = []
@@ -270,7 +273,9 @@ def conclusion(configurations: Sequence[Configuration], tests: Sequence[GroupTes
                 clauses.append(f"{_trials(winners)} {verb} better than {_trials(beaten)}")
         for group in _cliques(tested, beats):
             clauses.append(f"{_trials(group)} are not distinguishable")
-    if untested:
+    if not tested and len(configurations) > len(untested):
+        clauses.append("there is no other configuration of several seeds to compare with")
+    elif untested:
         clauses.append(f"without values of two seeds, {_trials(untested)} can't be compared")
     return "; ".join(clauses)
 

@@ -1,6 +1,8 @@
 """A sweep's trials in Optuna's storage: who proposes them, who stops them. Only this module imports Optuna."""
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -9,10 +11,10 @@ import re
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import optuna
@@ -31,8 +33,15 @@ from eva.sweep_file import Parameter, Sweep, grid
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+# What a sweep without a metric is ranked by.
+METRIC = "val/accuracy_best"
 # A sweep that another process begins is made within so many seconds, or that process died.
 MAKING_SECONDS = 10.0
+# A database that is started anew, or whose place another one takes, is waited for so long.
+PATIENCE_SECONDS = 30.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What Optuna calls the ends of a trial. A diverged or stopped trial is a result, a failed one is none.
 STATES = {
@@ -178,9 +187,51 @@ def open_storage(url: str) -> BaseStorage:
             'for PostgreSQL: pip install "eva-sweeps[postgres]"'
         ) from None
     except Exception as error:  # SQLAlchemy's and the driver's own, with the URL's password in some of them
-        reason = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-        reason = reason.replace(url, without_password(url))
+        reason = _reason(error).replace(url, without_password(url))
         raise UserError(f"cannot open the storage {without_password(url)!r}: {reason}") from None
+
+
+def _reason(error: BaseException | None) -> str:
+    """Returns what a database's error says, on one line."""
+    return " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reaching(storage: str) -> Iterator[None]:
+    """Makes it one line that a database went away while a sweep used it, or that a disk is full.
+
+    Args:
+        storage: Its URL as it may be shown.
+
+    Raises:
+        UserError: It did.
+    """
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise UserError(f"cannot reach the storage {storage!r}: {_reason(error.__cause__ or error)}") from None
+    except OSError as error:
+        where = f" ({str(error.filename)!r})" if error.filename else ""
+        raise UserError(f"cannot go on: {error.strerror or error}{where}") from None
+
+
+def patient(method: Callable[Concatenate["Search", P], R]) -> Callable[Concatenate["Search", P], R]:
+    """Returns a method of `Search` that tries again while the database is away, but not for long."""
+
+    @functools.wraps(method)
+    def tried(search: "Search", /, *arguments: P.args, **named: P.kwargs) -> R:
+        while True:
+            try:
+                result = method(search, *arguments, **named)
+                search.away_since = None
+                return result
+            except optuna.exceptions.StorageInternalError:
+                search.away_since = search.away_since or time.monotonic()
+                if time.monotonic() - search.away_since >= PATIENCE_SECONDS:
+                    raise
+                time.sleep(0.5)
+
+    return tried
 
 
 def _check_last_line(journal: Path) -> None:
@@ -226,6 +277,8 @@ class Search:
             UserError: There is none of this name, or it is another one's.
         """
         self.sweep, self.name, self._storage = sweep, name, storage
+        self.metric = sweep.metric or METRIC
+        self.away_since: float | None = None  # by time.monotonic(), if the storage can't be reached
         try:
             self._study_id = storage.get_study_id_from_name(name)
         except KeyError:
@@ -266,7 +319,7 @@ class Search:
 
         One process at a time may do it. What a process that died here left undone is done by the next one.
         """
-        searched = [trial for trial in self._trials() if "repeat_of" not in trial.user_attrs]
+        searched = [trial for trial in self._trials() if not {"repeat_of", "retry_of"} & trial.user_attrs.keys()]
         if self.sweep.method == "grid":
             wanted = [
                 {name: json.dumps(values[name], default=str) for name in self._searched} for values in grid(self.sweep)
@@ -284,12 +337,26 @@ class Search:
         facts = {"run_id": new_run_id(), "repeat_of": number, "seed": seed}
         self._study().enqueue_trial(params, user_attrs=facts)
 
+    def retry(self) -> int:
+        """Adds a trial for each one that failed, with its values, which counts in its place; returns their number.
+
+        One process at a time may do it.
+        """
+        failed = [trial for trial in self._current() if trial.state == TrialState.FAIL]
+        for trial in failed:
+            facts = {key: value for key, value in trial.user_attrs.items() if key in ("repeat_of", "seed")}
+            facts |= {"run_id": new_run_id(), "retry_of": trial.number}
+            self._study().enqueue_trial(trial.params, user_attrs=facts)
+        return len(failed)
+
     # The queue
 
+    @patient
     def waiting(self) -> list[int]:
         """Returns the numbers of the trials that wait, in order."""
         return [trial.number for trial in self._trials((TrialState.WAITING,))]
 
+    @patient
     def claim(self, number: int, place: str) -> Claimed | None:
         """Takes a waiting trial for this process; None if another one was faster.
 
@@ -304,6 +371,7 @@ class Search:
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
         self._storage.set_trial_user_attr(trial_id, "place", place)
+        self._storage.set_trial_user_attr(trial_id, "since", time.time())
         self.beat(number)  # who watched the process before this one knows it for another
         trial = optuna.Trial(self._study(), trial_id)
         values = {
@@ -315,6 +383,7 @@ class Search:
             values["seed"] = facts["seed"]
         return Claimed(number, facts["run_id"], values)
 
+    @patient
     def give_back(self, number: int, died: bool = False) -> int:
         """Lets a running trial wait again, to be gone on with; returns how often its process died by now."""
         trial = self._trial(number)
@@ -325,6 +394,7 @@ class Search:
             self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
         return int(deaths)
 
+    @patient
     def running(self) -> dict[int, tuple[str, int]]:
         """Returns place and latest beat of the running trials, by number."""
         return {
@@ -339,6 +409,7 @@ class Search:
 
     # What trials tell
 
+    @patient
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Notes the metric after an epoch of a trial, and returns whether the trial is to end now, by hyperband's rule.
 
@@ -355,6 +426,7 @@ class Search:
         others = [[value for _, value in sorted(curve.items())] for curve in curves.values()]
         return self.sweep.hyperband.stops(own, others, self.sweep.goal)
 
+    @patient
     def finish(self, number: int, state: str, objective: float | None, seconds: float, reason: str = "") -> bool:
         """Notes what a trial came to; returns whether it had not ended before, in which case nothing is changed.
 
@@ -377,14 +449,21 @@ class Search:
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
+    @patient
+    def since(self, number: int) -> float:
+        """Returns when the latest attempt of a trial began, in seconds since the epoch."""
+        return float(self._trial(number).user_attrs.get("since", time.time()))
+
+    @patient
     def spend(self, number: int, seconds: float) -> None:
         """Adds the seconds of an attempt that did not end the trial."""
         before = self._trial(number).user_attrs.get("seconds", 0.0)
         self._storage.set_trial_user_attr(self._id(number), "seconds", before + seconds)
 
+    @patient
     def records(self) -> list[TrialRecord]:
-        """Returns all trials, by number."""
-        return [self._record(trial) for trial in self._trials()]
+        """Returns all trials, by number, without those that failed and were tried again."""
+        return [self._record(trial) for trial in self._current()]
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         facts = trial.user_attrs
@@ -420,6 +499,11 @@ class Search:
 
     def _trials(self, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study_id, deepcopy=False, states=states)
+
+    def _current(self) -> list[FrozenTrial]:
+        trials = self._trials()
+        replaced = {trial.user_attrs.get("retry_of") for trial in trials}
+        return [trial for trial in trials if trial.number not in replaced]
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._id(number))

@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from eva import ranking
-from eva.config import Layer, RunConfig, UserError, resolve, to_dict
+from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, Layer, RunConfig, UserError, resolve, to_dict
 from eva.files import write_json
+from eva.ranking import RESULTS
 from eva.recipes import configure
 from eva.records import SUMMARY_NAMES
 from eva.search import Search
@@ -24,11 +25,8 @@ from eva.sweep_folder import STORAGE_VARIABLE, SweepFolder
 from eva.sweep_worker import (
     BEAT_SECONDS,
     EXIT_CRASHED,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
-    METRIC,
-    RESULTS,
     ended_status,
+    lived,
     objective,
     revive,
 )
@@ -38,8 +36,9 @@ POLL_SECONDS = 0.2
 AGENT_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 # A trial of a folder that this process cannot see counts as dead when so many of its beats are missing.
 MISSED_BEATS = 6
-# So many trials that fail one after the other are no accident: the rest would fail too.
-FAILURES_IN_A_ROW = 5
+# If so many trials fail, of so many configurations, and none comes to a result, the rest would fail too.
+MOST_FAILURES = 5
+FAILING_CONFIGURATIONS = 3
 # Workers that end so many times without having run a trial, and without one that ended meanwhile, never will.
 FALSE_STARTS = 3
 # How a process died whose exit code went to another one.
@@ -66,6 +65,7 @@ class Conductor:
     stopping: bool = False
     target_reached: bool = False
     shown: set[int] = field(default_factory=set)
+    earlier: set[int] = field(default_factory=set)
     _alive: list[Worker] = field(default_factory=list)
     _false_starts: int = 0
     _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -74,10 +74,11 @@ class Conductor:
         """Runs what waits; returns whether all trials ended. One line a trial is printed.
 
         Raises:
-            UserError: The workers can't work, or one trial after the other fails.
+            UserError: The workers can't work, or every trial fails.
         """
         recover(self.folder, self.search, count_deaths=False)
-        self.shown = {trial.number for trial in self.search.records() if ended(trial)}
+        self.earlier = {trial.number for trial in self.search.records() if ended(trial)}
+        self.shown = set(self.earlier)
         try:
             with self._signals():
                 while self._step():
@@ -98,7 +99,7 @@ class Conductor:
             self._end_workers()
         if self.stopping or not left:
             return bool(self._alive)
-        check_failures(trials)
+        check_failures([trial for trial in trials if trial.number not in self.earlier])
         self._watch_others()
         slots = {worker.slot for worker in self._alive}
         for slot in range(min(self.workers, len(left))):
@@ -183,7 +184,7 @@ class Conductor:
 
     def _show(self, trials: Sequence[ranking.TrialRecord]) -> None:
         """Prints a line for each trial that ended since the last time."""
-        goal, metric = self.search.sweep.goal, self.search.sweep.metric or METRIC
+        goal, metric = self.search.sweep.goal, self.search.metric
         for trial in trials:
             if not ended(trial) or trial.number in self.shown:
                 continue
@@ -254,7 +255,7 @@ def recover(folder: SweepFolder, search: Search, count_deaths: bool, how: str = 
             run_folder = folder.run_folder(number)
             status = ended_status(run_folder)
             if status in RESULTS:
-                search.finish(number, status, objective(run_folder, search.sweep), 0.0)
+                search.finish(number, status, objective(run_folder, search.metric), lived(folder, search, number))
                 continue
             if revive(folder, search, number, count_deaths, how):
                 revived.append(number)
@@ -262,14 +263,20 @@ def recover(folder: SweepFolder, search: Search, count_deaths: bool, how: str = 
 
 
 def check_failures(trials: Sequence[ranking.TrialRecord]) -> None:
-    """Checks that not one trial after the other fails.
+    """Checks that not every trial fails. Those that differ by their seed alone may.
+
+    Args:
+        trials: All that ended, run or wait since the sweep was begun or gone on with.
 
     Raises:
         UserError: They do.
     """
-    last = [trial for trial in trials if ended(trial)][-FAILURES_IN_A_ROW:]
-    if len(last) == FAILURES_IN_A_ROW and all(trial.state == "failed" for trial in last):
-        raise UserError(f"{FAILURES_IN_A_ROW} trials in a row failed, the last one: {last[-1].reason}")
+    through = [trial for trial in trials if ended(trial)]
+    if len(through) < MOST_FAILURES or any(trial.state != "failed" for trial in through):
+        return
+    failed, all_of_them = (len({ranking.configuration_key(trial) for trial in each}) for each in (through, trials))
+    if failed >= min(FAILING_CONFIGURATIONS, all_of_them):
+        raise UserError(f"all of {len(through)} trials failed, the last one: {through[-1].reason}")
 
 
 def how_it_ended(code: int) -> str:
@@ -278,26 +285,37 @@ def how_it_ended(code: int) -> str:
 
 
 def last_line(path: Path) -> str:
-    """Returns the last line of a text file that says something; the file's name if none does."""
+    """Returns the last line of a worker's log that says something; if none does, why it can't, or the log's name.
+
+    Raises:
+        OSError: It can't be read.
+    """
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else str(path)
+    if lines:
+        return lines[-1]
+    try:
+        path.write_text("the worker said nothing\n", encoding="utf-8")
+    except OSError as error:
+        return f"{error.strerror}: {str(path)!r}"
+    return str(path)
 
 
 # --- before and after ---
 
 
-def with_settings(sweep: Sweep, settings: Mapping[str, str]) -> Sweep:
+def with_settings(sweep: Sweep, settings: Mapping[str, str], project: str | None = None) -> Sweep:
     """Returns the sweep with settings that all its trials share, instead of what the file has for them.
 
     Args:
         sweep: As its file has it.
         settings: Names and values as a command line has them.
+        project: [ENTITY/]PROJECT of W&B that the runs belong to; None for the file's.
 
     Raises:
         UserError: A setting is unknown or its value impossible.
     """
-    if not settings:
+    if not settings and project is None:
         return sweep
     config, _ = resolve([Layer("command line", settings)])
     values = yaml.safe_load(sweep.text)
@@ -311,7 +329,11 @@ def with_settings(sweep: Sweep, settings: Mapping[str, str]) -> Sweep:
             del parameters[name]
             parameters[field] = {"parameters": {**parameters[field]["parameters"], inner: {"value": value}}}
     values["parameters"] = parameters
-    text = f"# {sweep.source.name}, with {', '.join(settings)} from the command line\n"
+    if project is not None:
+        entity, _, values["project"] = project.rpartition("/")
+        values |= {"entity": entity} if entity else {}
+    given = [*settings, *(["project"] if project else [])]
+    text = f"# {sweep.source.name}, with {', '.join(given)} from the command line\n"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / sweep.source.name
         path.write_text(text + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -362,7 +384,7 @@ def report(folder: SweepFolder, search: Search) -> None:
     from eva import api, figures, sweep_figures
 
     trials, sweep = search.records(), search.sweep
-    metric = sweep.metric or METRIC
+    metric = search.metric
     epochs = middle_config(sweep).epochs if sweep.hyperband is not None else None
     print(ranking.report(trials, metric, sweep.goal, epochs))
     logarithmic = [one.name for one in sweep.searched if "log" in one.distribution.kind]
@@ -373,10 +395,15 @@ def report(folder: SweepFolder, search: Search) -> None:
     except OSError as error:
         raise UserError(f"cannot write below {str(folder.path)!r}: {error.strerror}") from None
     runs = [folder.path / trial.folder for trial in trials if trial.folder and trial.state in RESULTS]
-    runs = [run for run in runs if (run / "summary.json").exists()]
+    runs = [run for run in runs if ended_status(run) is not None]  # one that was damaged since is no reason for no page
     print(f"results: {folder.path / 'results.json'}")
     print(f"picture: {folder.path / 'search.png'}")
     if runs:
         name = metric.replace("/", "_")  # as summaries have it
-        api.compare(*runs, metric=name if name in SUMMARY_NAMES else None, out=folder.path)
-        print(f"page: {folder.path / 'compare.html'}")
+        known = name in SUMMARY_NAMES and any(trial.result is not None for trial in trials)
+        try:
+            api.compare(*runs, metric=name if known else None, out=folder.path)
+        except UserError as error:  # a program of the user's own may leave runs of another kind
+            print(f"no comparison page: {error}")
+        else:
+            print(f"page: {folder.path / 'compare.html'}")

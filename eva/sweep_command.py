@@ -1,16 +1,48 @@
 """`eva sweep`: from flags to a sweep that is checked, begun or gone on with, told of, or published."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from eva import sweep as sweeps
-from eva.config import FIELDS, UserError, unknown_setting
-from eva.search import Search, open_storage
+from eva.config import EXIT_INTERRUPTED, FIELDS, UserError, collected, unknown_setting
+from eva.search import Search, open_storage, reaching
 from eva.sweep_file import Sweep, inspect_sweep
-from eva.sweep_folder import STORAGE_VARIABLE, SweepFolder, make_sweep_folder, open_sweep_folder
-from eva.sweep_worker import EXIT_INTERRUPTED
+from eva.sweep_folder import STORAGE_VARIABLE, SweepFolder, check_empty, make_sweep_folder, open_sweep_folder
+
+RETRIES = 3
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What flags count.
+
+    Attributes:
+        count: Trials; None leaves it to the sweep.
+        workers: Trials that run at the same time.
+        seed: Of the search.
+        retries: Deaths of its process that a trial survives.
+        repeat_best: Configurations that are repeated; 0 for none.
+        seeds: Of each of them.
+    """
+
+    count: int | None
+    workers: int
+    seed: int
+    retries: int
+    repeat_best: int
+    seeds: int
+
+
+# Flags by what is asked for; the rest belongs to the beginning of a sweep.
+FLAGS_OF = {
+    "resume": ("count", "workers", "gpus", "retry_failed", "repeat_best", "seeds", "repeat_median"),
+    "publish": ("project",),
+}
 
 
 def run(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
@@ -21,40 +53,98 @@ def run(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
         settings: Those of `eva train` that were given too.
 
     Raises:
-        UserError: All mistakes at once.
+        UserError: All mistakes of the command line at once, or all of the file's.
     """
-    purposes = {"file": arguments.file, "--resume": arguments.resume, "--publish": arguments.publish}
-    given = [name for name, value in purposes.items() if value is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "none"
-        raise UserError(f"eva sweep takes one of FILE.yaml, --resume=FOLDER and --publish=FOLDER, but got {got}")
-    wrong = [unknown_setting(name) for name in settings if name.partition(".")[0] not in FIELDS]
-    if settings and arguments.file is None:
-        wrong.append(f"settings belong to the beginning of a sweep, but got {', '.join(settings)}")
-    if wrong:
-        raise UserError("\n".join(f"command line: {line}" for line in wrong))
+    numbers = checked_flags(arguments, settings)
+    gpus = arguments.gpus.split(",") if arguments.gpus else []
     if arguments.publish is not None:
         return publish(Path(arguments.publish), arguments.project)
-    gpus = arguments.gpus.split(",") if arguments.gpus else []
-    workers = max(whole_number("workers", arguments.workers), len(gpus))
-    count = None if arguments.count is None else whole_number("count", arguments.count)
-    repeats = 0 if arguments.repeat_best is None else whole_number("repeat_best", arguments.repeat_best)
-    seeds = whole_number("seeds", arguments.seeds)
     if arguments.resume is not None:
         folder = open_sweep_folder(Path(arguments.resume))
         search = folder.open_search()
         with folder.hold("sweep") as lock:
             if lock is not None:  # without a count too: who made the sweep may have died over it
-                search.extend(count or search.count)
+                search.extend(numbers.count or search.count)
+                if arguments.retry_failed:
+                    print(f"failed trials that are run once more: {search.retry()}")
     else:
-        sweep = checked(arguments, settings, count, workers)
+        storage = given_storage(arguments)
+        sweep = checked(arguments, settings, numbers)
         if arguments.check:
             return 0
-        folder, search = begin(arguments, sweep, count)
-    return conduct(folder, search, workers, gpus, repeats, seeds, arguments.repeat_median)
+        folder, search = begin(arguments, sweep, numbers, storage)
+    return conduct(folder, search, numbers, gpus, arguments.repeat_median)
 
 
-def checked(arguments: argparse.Namespace, settings: Mapping[str, str], count: int | None, workers: int) -> Sweep:
+def checked_flags(arguments: argparse.Namespace, settings: Mapping[str, str]) -> Numbers:
+    """Returns the numbers that flags give, once it is known that the flags fit together.
+
+    Raises:
+        UserError: They don't: all mistakes at once.
+    """
+    problems: list[str] = []
+    purposes = {"FILE.yaml": arguments.file, "--resume": arguments.resume, "--publish": arguments.publish}
+    given = [name for name, value in purposes.items() if value is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        problems.append(f"eva sweep takes one of FILE.yaml, --resume=FOLDER and --publish=FOLDER, but got {got}")
+    elif (purpose := given[0].strip("-")) in FLAGS_OF:
+        known = ("command", purpose, *FLAGS_OF[purpose])
+        flags = [name for name, value in vars(arguments).items() if value not in (None, False) and name not in known]
+        if wrong := [f"--{name}" for name in flags] + list(settings):
+            takes = ", ".join(f"--{name}" for name in FLAGS_OF[purpose])
+            problems.append(f"--{purpose} takes {takes}, but got {', '.join(wrong)}: that is for a sweep that begins")
+    else:
+        problems += [
+            f"command line: {unknown_setting(name)}" for name in settings if name.partition(".")[0] not in FIELDS
+        ]
+    if arguments.retry_failed and arguments.resume is None:
+        problems.append("--retry_failed goes with --resume=FOLDER")
+    if arguments.check and arguments.skip_check:
+        problems.append("--check and --skip_check exclude each other")
+    if arguments.repeat_median and arguments.repeat_best is None:
+        problems.append("--repeat_median goes with --repeat_best=K")
+    if arguments.seeds is not None and arguments.repeat_best is None:
+        problems.append("--seeds goes with --repeat_best=K; seeds of the trials are a parameter of the sweep")
+
+    def number(name: str, default: int, least: int = 1) -> int:
+        text = getattr(arguments, name)
+        with collected(problems):
+            return default if text is None else whole_number(name, text, least)
+        return default
+
+    numbers = Numbers(
+        count=None if arguments.count is None else number("count", 1),
+        workers=max(number("workers", 1), len(arguments.gpus.split(",")) if arguments.gpus else 0),
+        seed=number("seed", 0, least=0),
+        retries=number("retries", RETRIES, least=0),
+        repeat_best=number("repeat_best", 0),
+        seeds=number("seeds", SEEDS),
+    )
+    if problems:
+        raise UserError("\n".join(problems))
+    return numbers
+
+
+def given_storage(arguments: argparse.Namespace) -> str | None:
+    """Returns the storage that the flags ask for, once it is known that it can be opened; None for the folder's own.
+
+    Raises:
+        UserError: It can't.
+    """
+    storage: str | None = arguments.storage
+    if storage is None:
+        return None
+    if "://" in storage:
+        os.environ[STORAGE_VARIABLE] = storage  # with its password, which is not written down
+    else:
+        storage = str(Path(storage).absolute())
+    if not arguments.check or "://" in storage:  # a look leaves no file
+        open_storage(storage)
+    return storage
+
+
+def checked(arguments: argparse.Namespace, settings: Mapping[str, str], numbers: Numbers) -> Sweep:
     """Returns the sweep that the flags ask for, once it is known that it can run. What it will take is printed.
 
     Raises:
@@ -64,17 +154,27 @@ def checked(arguments: argparse.Namespace, settings: Mapping[str, str], count: i
 
     measure = arguments.check or not arguments.skip_check
     sweep, problems = inspect_sweep(arguments.file)
-    if sweep is None or problems or not settings:
-        sweep, lines = check_file(arguments.file, count, workers, measure)
+    if sweep is not None and not problems:
+        sweep = sweeps.with_settings(sweep, settings, arguments.project)
+        path = sweep_path(arguments, sweep)
+        if not arguments.check:
+            check_empty(path)  # before the check spends minutes
+        lines = check(sweep, numbers.count, numbers.workers, measure, path, arguments.isolate)
     else:
-        sweep = sweeps.with_settings(sweep, settings)
-        lines = check(sweep, count, workers, measure)
+        sweep, lines = check_file(arguments.file, numbers.count, numbers.workers, measure, isolate=arguments.isolate)
     for line in lines:
         print(line, flush=True)
     return sweep
 
 
-def begin(arguments: argparse.Namespace, sweep: Sweep, count: int | None) -> tuple[SweepFolder, Search]:
+def sweep_path(arguments: argparse.Namespace, sweep: Sweep) -> Path:
+    """Returns where the sweep's folder goes."""
+    return Path(arguments.out or Path("sweeps-out") / (sweep.name or sweep.source.stem))
+
+
+def begin(
+    arguments: argparse.Namespace, sweep: Sweep, numbers: Numbers, storage: str | None
+) -> tuple[SweepFolder, Search]:
     """Makes a sweep's folder, and the sweep in its storage, which may hold it already.
 
     Raises:
@@ -82,33 +182,34 @@ def begin(arguments: argparse.Namespace, sweep: Sweep, count: int | None) -> tup
     """
     from eva.sweep_check import num_trials
 
-    seed = whole_number("seed", arguments.seed, least=0)
-    retries = whole_number("retries", arguments.retries, least=0)
-    path = Path(arguments.out or Path("sweeps-out") / (sweep.name or sweep.source.stem))
-    if arguments.storage and "://" in arguments.storage:
-        os.environ[STORAGE_VARIABLE] = arguments.storage  # with its password, which is not written down
-    elif arguments.storage:
-        arguments.storage = str(Path(arguments.storage).absolute())
-    if arguments.storage:
-        open_storage(arguments.storage)  # told before a folder is made
-    folder = make_sweep_folder(path, sweep, arguments.storage, arguments.isolate, retries, arguments.name)
-    search = Search.create(
-        folder.sweep, open_storage(folder.storage_url()), folder.name, seed, num_trials(sweep, count)
-    )
+    path = sweep_path(arguments, sweep)
+    folder = make_sweep_folder(path, sweep, storage, arguments.isolate, numbers.retries, arguments.name)
+    count = num_trials(sweep, numbers.count)
+    search = Search.create(folder.sweep, open_storage(folder.storage_url()), folder.name, numbers.seed, count)
     return folder, search
 
 
-def conduct(
-    folder: SweepFolder, search: Search, workers: int, gpus: list[str], repeats: int, seeds: int, median: bool
-) -> int:
-    """Runs the trials that are left, then the repeats that are asked for, and tells what came out."""
-    conductor = sweeps.Conductor(folder, search, workers, gpus)
-    through = conductor.run()
-    if through and repeats:
-        with folder.hold("sweep") as lock:
-            if lock is not None:
-                sweeps.repeat_best(search, repeats, seeds, median)
-        through = conductor.run()
+def conduct(folder: SweepFolder, search: Search, numbers: Numbers, gpus: list[str], median: bool) -> int:
+    """Runs the trials that are left, then the repeats that are asked for, and tells what came out.
+
+    Raises:
+        UserError: The sweep can't go on for now. Nothing is lost.
+    """
+    conductor = sweeps.Conductor(folder, search, numbers.workers, gpus)
+    try:
+        with reaching(folder.storage):
+            through = conductor.run()
+            if through and numbers.repeat_best:
+                with folder.hold("sweep") as lock:
+                    if lock is not None:
+                        sweeps.repeat_best(search, numbers.repeat_best, numbers.seeds, median)
+                through = conductor.run()
+    except UserError as error:
+        with contextlib.suppress(UserError), reaching(folder.storage):  # what came out so far, if that can be told
+            if any(trial.result is not None for trial in search.records()):
+                sweeps.report(folder, search)
+        go_on = f"eva sweep --resume={folder.path} --retry_failed"
+        raise UserError(f"{error}; when that is mended, go on with {go_on}") from None
     trials = search.records()
     if not through and not conductor.target_reached:
         print(f"{sum(map(sweeps.ended, trials))} of {len(trials)} trials are through; nothing is lost")

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eva.config import FIELDS, RunConfig, UserError, default_of, to_dict
+from eva.config import FIELDS, READ_ONLY_WITH, RunConfig, UserError, default_of, to_dict
 from eva.distributions import Distribution
 from eva.distributions import config_problems as parameter_problems
 from eva.hyperband import Hyperband
@@ -36,7 +37,7 @@ _ANY_MACRO = re.compile(r"\$\{[^}]*\}?")
 
 # W&B joins the keys of nested parameters with this, and sorts the names so made.
 _NESTING = ".wbnest[599c28ca25da]."
-_PARAMETER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+PARAMETER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 KEYS = (
     *("program", "method", "metric", "parameters", "early_terminate", "command", "run_cap"),
@@ -103,7 +104,7 @@ class Sweep:
     Attributes:
         source: The file.
         text: What stands in it.
-        program: The script that a trial runs.
+        program: The script that a trial runs; empty if `command` names none.
         command: The items of its command line, macros as they are; W&B's default if the file has none.
         method: grid, random or bayes.
         metric: Name of what the sweep steers by; None if the file has none.
@@ -322,13 +323,14 @@ class _Reader:
                 self.tell(f"eva does not support {key}: {UNSUPPORTED[key]}", key)
             elif key not in KEYS:
                 self.tell(_unknown_key("a sweep", key, KEYS), str(key))
-        for key in ("program", "method", "parameters"):
+        method, command = self._method(), self._command()
+        needed = ["method", "parameters", *(["program"] if "${program}" in command else [])]
+        for key in needed:
             if key not in self.values:
                 self.tell(f"{key} is missing")
-        method = self._method()
         parameters = []
         if "parameters" in self.values:
-            found = self._parameters(self.values["parameters"], ("parameters",))
+            found = self._parameters(self.values["parameters"], ("parameters",), method != "grid")
             parameters = sorted(found, key=lambda parameter: parameter.order)
         self._check_names(parameters)
         if method == "grid":
@@ -339,7 +341,7 @@ class _Reader:
             source=source,
             text=text,
             program=self._text("program") or "",
-            command=self._command(),
+            command=command,
             method=method,
             metric=metric,
             goal=goal,
@@ -386,12 +388,15 @@ class _Reader:
 
     # parameters
 
-    def _parameters(self, group: Any, place: tuple[str, ...], keys: tuple[str, ...] = ()) -> Iterator[Parameter]:
+    def _parameters(
+        self, group: Any, place: tuple[str, ...], repeats: bool, keys: tuple[str, ...] = ()
+    ) -> Iterator[Parameter]:
         """Yields the sound parameters of a group, and of those inside it.
 
         Args:
             group: What stands under `parameters`.
             place: Where that is in the file.
+            repeats: Whether a value may be there twice.
             keys: The names of the groups around.
         """
         if not isinstance(group, dict) or not group:
@@ -400,7 +405,7 @@ class _Reader:
         for name, config in group.items():
             inside, path = (*place, str(name)), (*keys, str(name))
             shown = ".".join(path)
-            if not isinstance(name, str) or not _PARAMETER_NAME.fullmatch(name):
+            if not isinstance(name, str) or not PARAMETER_NAME.fullmatch(name):
                 rule = "must begin with a letter or _, and go on with letters, digits, _ . and -"
                 self.tell(f"the name of a parameter {rule}, but got {name!r:.60}", *inside)
             elif not isinstance(config, dict):
@@ -410,12 +415,12 @@ class _Reader:
                 for key in config:
                     if key != "parameters":
                         self.tell(f"group {shown} must hold parameters alone, but got {key!r:.60}", *inside, str(key))
-                yield from self._parameters(config["parameters"], (*inside, "parameters"), path)
-            elif problems := parameter_problems(config):
+                yield from self._parameters(config["parameters"], (*inside, "parameters"), repeats, path)
+            elif problems := parameter_problems(config, repeats):
                 for within, text in problems:
                     self.tell(f"parameter {shown}: {text}", *inside, *within)
             else:
-                yield Parameter(path, Distribution.from_config(config), _line_of(self.lines, inside))
+                yield Parameter(path, Distribution.from_config(config, repeats), _line_of(self.lines, inside))
 
     def _check_names(self, parameters: Iterable[Parameter]) -> None:
         known: dict[str, Parameter] = {}
@@ -476,6 +481,8 @@ class _Reader:
         config = self._mapping("early_terminate")
         if config is None:
             return None
+        if isinstance(steps := config.get("s"), float) and steps.is_integer():
+            config = {**config, "s": int(steps)}  # W&B's schema takes any number
         problems = hyperband_problems(config)
         for key, text in problems:
             self.tell(text, "early_terminate", *(() if key is None else (str(key),)))
@@ -605,10 +612,42 @@ def command_line(sweep: Sweep, arguments: Mapping[str, Any], interpreter: str, j
     }
     words: list[str] = []
     for item in sweep.command:
-        word = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), item)
+        word = expand_environment(item)
         macro = word[2:-1] if word.startswith("${") and word.endswith("}") else None
         words += [word] if macro is None else expansions[macro]() if macro in expansions else []
     return words
+
+
+def expand_environment(item: str) -> str:
+    """Returns an item of `command` with its variables of the environment in place, as wandb's agent has them."""
+    return _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), item)
+
+
+def _is_dropped(item: str) -> bool:
+    """Tells whether an item is an unknown macro, which wandb's agent leaves out."""
+    return item.startswith("${") and item.endswith("}") and item[2:-1] not in MACROS
+
+
+# What starts Python with a program, and does no more.
+_STARTERS = ("${env}", "${interpreter}", "/usr/bin/env", "python", "python3", sys.executable)
+
+
+def warm_command(sweep: Sweep) -> tuple[str, ...]:
+    """Returns the items of `command` from the program on: what a worker runs in its own process.
+
+    Raises:
+        UserError: The command does more than to run the program with Python.
+    """
+    items = tuple(map(expand_environment, sweep.command))
+    begin = next((number for number, item in enumerate(items) if item in ("${program}", sweep.program or None)), None)
+    if begin is None:
+        what = "doesn't run ${program}, which is all that a worker can do in its own process"
+        raise UserError(f"command {what}; --isolate gives each trial a process")
+    for item in items[:begin]:
+        if item not in _STARTERS and not _is_dropped(item):
+            what = f"has {item!r:.60} before the program, which a worker would leave out, as it is Python already"
+            raise UserError(f"command {what}; --isolate gives each trial a process")
+    return items[begin:]
 
 
 # --- a sweep around a range test ---
@@ -621,11 +660,11 @@ LR_TRIALS = 24
 _OF_ONE_RUN = ("out", "name", "group", "tags", "tracking", "project", "entity", "lr_min", "lr_max")
 
 _LR_RANGE_COMMENT = """\
-# Question: which lr_max and lr_min are best, around what the range test found?
+# Question: which {rates} best, around what the range test found?
 #   Tested: {source}. Found: lr_max {lr_max:.3g}, lr_min {lr_min:.3g}.
-#   Half the rate at the loss's minimum is a rule of thumb: lr_max is looked for up to {factor} times higher and lower,
-#   and lr_min below that range, so that it is never above lr_max.
-# Size: {trials} trials of {epochs} epochs, {stopping}.
+#   Half the rate at the loss's minimum is a rule of thumb: lr_max is looked for up to {factor} times higher and lower.
+#   {lowest}
+# Size: {trials} trials of {epochs} epochs. {stopping}
 # Time: at most that of {trials} runs; --check measures the beginning of one.
 # Launch: wandb sweep FILE, then wandb agent ENTITY/PROJECT/ID on any number of machines
 #         or without an account: .venv/bin/eva sweep FILE --out=FOLDER, with --check for a look at it beforehand
@@ -633,7 +672,7 @@ _LR_RANGE_COMMENT = """\
 
 
 def lr_range_sweep(config: RunConfig, lr_min: float, lr_max: float, source: str) -> str:
-    """Returns the YAML of a sweep over lr_min and lr_max around what a range test found.
+    """Returns the YAML of a sweep over lr_max, and lr_min if the schedule reads it, around what a range test found.
 
     Args:
         config: Whose settings the trials have, but for what belongs to one run. Without a val split they get the
@@ -644,35 +683,40 @@ def lr_range_sweep(config: RunConfig, lr_min: float, lr_max: float, source: str)
     """
     lowest = min(lr_min or lr_max, lr_max / 10) / LR_FACTOR
     low, middle, high = (float(f"{rate:.3g}") for rate in (lowest, lr_max / LR_FACTOR, lr_max * LR_FACTOR))
+    searched = config.schedule in READ_ONLY_WITH["lr_min"][1]
     stops = config.epochs > 1
+    # Late enough to rank them by what they end with: at the peak of its rates a cycle's accuracy says little.
+    band = max(1, round(config.epochs * 3 / 8))
+    rule = {"type": "hyperband", "min_iter": band, "eta": 4, "strict": True}
     sweep: dict[str, Any] = {
         "program": "runners/train.py",
         "command": list(DEFAULT_COMMAND),
         "method": "bayes",
         "metric": {"name": "val/accuracy_best", "goal": "maximize"},
-        **({"early_terminate": _halving(config.epochs)} if stops else {}),
+        **({"early_terminate": rule} if stops else {}),
         "run_cap": LR_TRIALS,
         "parameters": {
             "lr_max": {"distribution": "log_uniform_values", "min": middle, "max": high},
-            "lr_min": {"distribution": "log_uniform_values", "min": low, "max": middle},
+            "lr_min": {"distribution": "log_uniform_values", "min": low, "max": middle} if searched else {"value": low},
             **{name: {"value": value} for name, value in _constants(config).items()},
         },
     }
     comment = _LR_RANGE_COMMENT.format(
+        rates="lr_max and lr_min are" if searched else "lr_max is",
         source=_one_line(source),
         lr_max=lr_max,
         lr_min=lr_min,
         factor=LR_FACTOR,
+        lowest="lr_min is looked for below that range, so that it is never above lr_max."
+        if searched
+        else f"The schedule {config.schedule} doesn't read lr_min.",
         trials=LR_TRIALS,
         epochs=config.epochs,
-        stopping="the worse half stopped early at each band" if stops else "none stopped early",
+        stopping=f"Hyperband compares them once, after epoch {band}, and lets about the best quarter go on."
+        if stops
+        else "None is stopped early.",
     )
     return comment + yaml.safe_dump(sweep, sort_keys=False, default_flow_style=None, width=120)
-
-
-def _halving(epochs: int) -> dict[str, Any]:
-    """Returns `early_terminate` with bands after an eighth, a quarter and half of the epochs."""
-    return {"type": "hyperband", "max_iter": epochs, "s": 3, "eta": 2, "strict": True}
 
 
 def _constants(config: RunConfig) -> dict[str, Any]:

@@ -109,10 +109,9 @@ def make_sweep_folder(
     Raises:
         UserError: The folder can't be made, or holds something.
     """
+    check_empty(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UserError(f"sweep folder {str(path)!r} is not empty; choose another --out, or --resume={path}")
         folder = SweepFolder(
             path=path.resolve(),
             name=name or f"{sweep.name or sweep.source.stem}-{secrets.token_hex(3)}",
@@ -127,6 +126,19 @@ def make_sweep_folder(
     except OSError as error:
         raise UserError(f"cannot make sweep folder {str(path)!r}: {error.strerror}; choose another --out") from None
     return folder
+
+
+def check_empty(path: Path) -> None:
+    """Checks that a folder is empty or not there.
+
+    Raises:
+        UserError: It holds something, or is no folder.
+    """
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"sweep folder {str(path)!r} is not empty; choose another --out, or --resume={path}")
+    except OSError as error:
+        raise UserError(f"cannot make sweep folder {str(path)!r}: {error.strerror}; choose another --out") from None
 
 
 def open_sweep_folder(path: Path) -> SweepFolder:

@@ -1,10 +1,13 @@
 """What a sweep will cost: its most extreme trials are begun, two steps each, and the rest is multiplication."""
 
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from eva import trial as trials
-from eva.config import Layer, RunConfig, UserError, resolve, to_dict
+from eva.config import FIELDS, Layer, RunConfig, UserError, resolve, to_dict
 from eva.distributions import HAIR, Distribution
 from eva.files import read_json, write_json
+from eva.flags import Parser, add_settings, given_settings
 from eva.ranking import identity, short
 from eva.recipes import configure
 from eva.records import read_columns
-from eva.sweep_file import Parameter, Problem, Sweep, arguments
+from eva.sweep_file import Parameter, Problem, Sweep, arguments, expand_environment
 from eva.text import duration
 
 MOST_CORNERS = 8
@@ -49,6 +53,8 @@ RARE = 0.001
 
 # W&B's file and the log of an offline run grow by so much a step, beside history.csv.
 TRACKED_BYTES = 700
+# Why a trial fails that takes more than there is.
+MEMORY = "out of memory"
 # As the kernel reckons, this process is the first one that has to go when memory runs out.
 FIRST_TO_GO = 1000
 
@@ -125,6 +131,7 @@ class Size:
         seconds_most: If each takes as long as the slowest, with the most.
         seconds_expected: If each takes as long as the corners do on average, halfway between the two.
         disk: Bytes of all run folders, at most.
+        disk_free: Bytes that are free where they go.
         workers: Trials that run at a time.
         memory_trial: Bytes of memory that one trial takes, at most.
         memory_all: Bytes that all workers take together.
@@ -140,6 +147,7 @@ class Size:
     seconds_most: float
     seconds_expected: float
     disk: float
+    disk_free: int
     workers: int
     memory_trial: int
     memory_all: int
@@ -183,44 +191,88 @@ def middles(sweep: Sweep) -> dict[str, Any]:
     return {parameter.name: middle(parameter.distribution) for parameter in sweep.searched}
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What `command` gives every trial, whatever its parameters.
+
+    Attributes:
+        settings: By name, as text, or with types where they came as JSON.
+        file: The settings file that it names; None if there is none.
+        problems: Words that are wrong, or "" where it is not one alone, each with what is wrong about it. There are no
+            settings then.
+    """
+
+    settings: Mapping[str, Any]
+    file: str | None = None
+    problems: tuple[tuple[str, str], ...] = ()
+
+
 def fixed_words(sweep: Sweep) -> list[str]:
-    """Returns the words that every trial's program gets after its name, whatever its parameters."""
-    words = list(sweep.command)
-    name = "${program}" if "${program}" in words else sweep.program
-    if name not in words:
-        return []
-    return [word for word in words[words.index(name) + 1 :] if not word.startswith("${")]
+    """Returns the words that every trial's program, or `eva train`, gets after its name, whatever its parameters."""
+    words = list(map(expand_environment, sweep.command))
+    for number, word in enumerate(words):
+        is_eva = number > 0 and Path(words[number - 1]).name == "eva"
+        if word == "${program}" or (word and word == sweep.program) or (word == "train" and is_eva):
+            return [later for later in words[number + 1 :] if not later.startswith("${")]
+    return []
+
+
+# Flags with which `eva train` does something else than to train by its settings.
+_OTHER_DEEDS = ("-h", "--help", "--list", "--show_policy", "--resume")
+
+
+def _parser() -> Parser:
+    """Returns one that takes what `eva train` takes."""
+    parser = Parser(prog="eva train", allow_abbrev=False)
+    parser.add_argument("--config")
+    add_settings(parser, FIELDS, "")
+    return parser
 
 
 @functools.lru_cache(maxsize=8)
-def _fixed(words: tuple[str, ...]) -> tuple[dict[str, str], str | None]:
-    from eva import cli  # which starts sweeps: not at import
+def _fixed(words: tuple[str, ...]) -> Fixed:
+    if deeds := [word for word in words if word.partition("=")[0] in _OTHER_DEEDS]:
+        told = [(word, f"with {word} in command no trial trains by its parameters") for word in deeds]
+        return Fixed({}, problems=tuple(told))
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            parsed, unknown = _parser().parse_known_args(words)
+        wrong: list[str] = []
+        settings = given_settings(parsed, unknown, wrong)
+        return Fixed({}, problems=_told(wrong)) if wrong else Fixed(settings, parsed.config)
+    except SystemExit:
+        return Fixed({}, problems=_told(output.getvalue().splitlines()))
 
-    parsed, unknown = cli.build_parser().parse_known_args(["train", *words])
-    return cli.given_settings(parsed, unknown), parsed.config
+
+def _told(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    starts = ("command line: ", "eva train: error: ")
+    return tuple(("", f"command: {functools.reduce(str.removeprefix, starts, line)}") for line in lines)
 
 
-def fixed_settings(sweep: Sweep) -> tuple[dict[str, str], str | None]:
-    """Returns the settings that `command` gives every trial, as text, and the settings file that it names or None."""
-    settings, file = _fixed(tuple(fixed_words(sweep)))
-    return dict(settings), file
+def fixed_settings(sweep: Sweep) -> Fixed:
+    """Returns what `command` gives every trial."""
+    return _fixed(tuple(fixed_words(sweep)))
 
 
-def trial_config(sweep: Sweep, values: Mapping[str, Any], without: frozenset[str] = frozenset()) -> RunConfig:
+def trial_config(
+    sweep: Sweep, values: Mapping[str, Any], without: frozenset[str] = frozenset(), fixed: Fixed | None = None
+) -> RunConfig:
     """Returns the configuration of a trial, as its command line makes it.
 
     Args:
         sweep: Whose trial it is.
         values: The value of every parameter that is searched, by its name.
         without: Settings that are left at their defaults, whatever the sweep says.
+        fixed: What takes the place of what `command` gives every trial.
 
     Raises:
         UserError: It is impossible; all problems at once, a line each.
     """
-    settings, file = fixed_settings(sweep)
-    given = {**settings, **arguments(sweep, values)}
+    fixed = fixed_settings(sweep) if fixed is None else fixed
+    given = {**fixed.settings, **arguments(sweep, values)}
     left = {name: value for name, value in given.items() if name.partition(".")[0] not in without}
-    return configure(Layer("trial", left), file)[0]
+    return configure(Layer("trial", left), fixed.file)[0]
 
 
 # --- the corners ---
@@ -378,7 +430,7 @@ def _answer(job: Mapping[str, Any], folder: Path, first: bool) -> tuple[dict[str
         text = " ".join(str(error).split())
         memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
         if memory or "can't allocate memory" in text or "out of memory" in text:
-            return {"failure": "out of memory"}, True
+            return {"failure": MEMORY}, True
         return {"failure": f"crashed: {type(error).__name__}: {text}"[:300]}, True
 
 
@@ -478,6 +530,7 @@ def estimate(
     num_trials: int,
     epochs: tuple[int, int],
     workers: int,
+    disk_free: int,
     memory_machine: int | None = None,
 ) -> Size:
     """Returns what a sweep comes to.
@@ -487,6 +540,7 @@ def estimate(
         num_trials: Trials of the sweep.
         epochs: The fewest and the most that a trial may have.
         workers: Trials that run at a time.
+        disk_free: Bytes.
         memory_machine: Bytes; None for what this machine has.
     """
     fewest, most = epochs
@@ -503,6 +557,7 @@ def estimate(
         seconds_most=math.ceil(rounds) * max(one.seconds(most) for one in measured),
         seconds_expected=rounds * sum(between) / len(between),
         disk=num_trials * max(one.bytes(most) for one in measured),
+        disk_free=disk_free,
         workers=at_once,
         memory_trial=memory,
         memory_all=at_once * memory,
@@ -523,6 +578,14 @@ def machine_memory() -> int:
     return total
 
 
+def free_disk(path: Path) -> int:
+    """Returns how many bytes are free where a folder is or will be."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def assignments(values: Mapping[str, Any]) -> str:
     """Returns parameters for a reader: "batch_size=512, norm=ghost"."""
     return ", ".join(f"{name}={short(value)}" for name, value in values.items())
@@ -535,13 +598,8 @@ def costly(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def price_problems(sweep: Sweep, results: Sequence[Measurement | Failure], size: Size | None) -> list[Problem]:
-    """Returns what is wrong with the price: corners that cannot be begun, and more memory than there is."""
-    problems = []
-    for result in results:
-        if isinstance(result, Failure):
-            named = costly(sweep, result.values)
-            what = assignments(named) if named else "a trial"
-            problems.append(Problem(_line(sweep, named), f"{what}: {result.reason}"))
+    """Returns what is wrong with the price: corners that cannot be begun, more memory or disk than there is."""
+    problems = _failures(sweep, results)
     if size is None:
         return problems
     line = sweep.line_of("parameters", "batch_size")
@@ -553,12 +611,41 @@ def price_problems(sweep: Sweep, results: Sequence[Measurement | Failure], size:
             of = "the trial takes" if size.workers == 1 else f"{size.workers} workers together take"
             text = f"{of} {_gib(needed)} of {kind}, but there is {_gib(there)}: fewer workers, or smaller batches"
             problems.append(Problem(line, text))
+    if size.disk > size.disk_free:
+        text = f"the trials leave {_gib(size.disk)} on the disk, but {_gib(size.disk_free)} are free: another --out"
+        problems.append(Problem(sweep.line_of("parameters"), text))
     return problems
 
 
-def _line(sweep: Sweep, named: Mapping[str, Any]) -> int:
-    lines = {parameter.name: parameter.line for parameter in sweep.searched if parameter.name in named}
-    return lines.get("batch_size", min(lines.values(), default=sweep.line_of("parameters")))
+def _failures(sweep: Sweep, results: Sequence[Measurement | Failure]) -> list[Problem]:
+    """Returns why corners cannot be begun, each reason once, with the parameters that all of its corners share."""
+    alike: dict[str, list[Failure]] = {}
+    for result in results:
+        if isinstance(result, Failure):
+            alike.setdefault(result.reason, []).append(result)
+    problems = []
+    for reason, failures in alike.items():
+        # Where it is all corners, it is nothing by which they differ.
+        everywhere = len(failures) == len(results) > 1
+        named = {} if everywhere else costly(sweep, _shared([failure.values for failure in failures]))
+        what = "every trial" if everywhere else assignments(named) or "a trial"
+        problems.append(Problem(_line(sweep, named, reason), f"{what}: {reason}"))
+    return problems
+
+
+def _shared(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = values[0]
+    return {name: first[name] for name in first if len({identity(each[name]) for each in values}) == 1}
+
+
+def _line(sweep: Sweep, named: Mapping[str, Any], reason: str) -> int:
+    lines = {parameter.name: parameter.line for parameter in sweep.parameters}
+    # "SETTING must be ...", "... but got SETTING=": by now all is sound that can be told without the data.
+    told = [name for name in [*reason.split()[:1], *re.findall(r"(\w+)=", reason)] if name in lines]
+    blamed = [name for name in (*told, "batch_size", *named) if name in named] if named else told
+    if not named and not reason.startswith(("crashed", "its ")):
+        blamed.append("batch_size" if reason == MEMORY else "data")
+    return next((lines[name] for name in blamed if name in lines), sweep.line_of("parameters"))
 
 
 def describe(sweep: Sweep, size: Size, measured: Sequence[Measurement]) -> list[str]:
@@ -576,7 +663,7 @@ def describe(sweep: Sweep, size: Size, measured: Sequence[Measurement]) -> list[
     return [
         f"size: {size.trials:,} trials, {epochs} epochs in all{' at most' if sweep.hyperband else ''}",
         f"time: about {duration(size.seconds_expected)} with {workers} ({seconds}){stopping}",
-        f"disk: {_gib(size.disk)} at most",
+        f"disk: {_gib(size.disk)} at most, of {_gib(size.disk_free)} that are free",
         memory,
         *(f"measured: {line}" for line in map(functools.partial(_measured_line, sweep), measured)),
     ]
@@ -611,7 +698,7 @@ class Price:
         return [result for result in self.results if isinstance(result, Measurement)]
 
 
-def price(sweep: Sweep, num_trials: int, epochs: tuple[int, int], workers: int) -> Price:
+def price(sweep: Sweep, num_trials: int, epochs: tuple[int, int], workers: int, out: Path) -> Price:
     """Measures the corners of a sound sweep; takes as long as their beginnings and evaluations do.
 
     Args:
@@ -619,6 +706,7 @@ def price(sweep: Sweep, num_trials: int, epochs: tuple[int, int], workers: int) 
         num_trials: Its trials.
         epochs: The fewest and the most that a trial may have.
         workers: Trials that will run at a time.
+        out: Where the trials' runs will go, or a folder above.
     """
     tried = corners(sweep)
     print(f"trying the first {STEPS} steps of {'a trial' if len(tried) == 1 else f'{len(tried)} trials'}", flush=True)
@@ -627,7 +715,7 @@ def price(sweep: Sweep, num_trials: int, epochs: tuple[int, int], workers: int) 
         print(f"this machine is busy (load {load:.1f} on {processors} processors): times are too long", flush=True)
     results = measure(sweep, tried, workers)
     found = [result for result in results if isinstance(result, Measurement)]
-    return Price(tuple(results), estimate(found, num_trials, epochs, workers) if found else None)
+    return Price(tuple(results), estimate(found, num_trials, epochs, workers, free_disk(out)) if found else None)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,20 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eva import trial as trials
-from eva.config import UserError
+from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from eva.files import read_json
+from eva.ranking import RESULTS
 from eva.records import read_columns
-from eva.search import Claimed, Search
-from eva.sweep_file import Sweep, arguments, command_line
+from eva.search import Claimed, Search, reaching
+from eva.sweep_file import Sweep, arguments, command_line, warm_command
 from eva.sweep_folder import SweepFolder, open_sweep_folder
 
-# What a sweep without a metric is ranked by.
-METRIC = "val/accuracy_best"
-# How a run ends that is through: with a result.
-RESULTS = ("finished", "stopped", "diverged")
 # The exit code of a worker whose trial crashed: who knows in which state the process is, so another one goes on.
 EXIT_CRASHED = 3
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 WAIT_SECONDS = 0.5
 # How often a worker shows those who cannot see its folder that it is alive.
 BEAT_SECONDS = 20.0
@@ -48,7 +44,7 @@ def main(path: str, parent: int) -> int:
         0, or 130 if the trial was interrupted and waits again, or 3 if it crashed.
 
     Raises:
-        UserError: The storage can't be opened, or the sweep's command needs a process for each trial.
+        UserError: The storage can't be opened or reached, or the sweep's command needs a process for each trial.
     """
     trials.follow_parent(parent)
     folder = open_sweep_folder(Path(path))
@@ -57,16 +53,17 @@ def main(path: str, parent: int) -> int:
         import eva.experiment  # noqa: F401  # the seconds that this takes are spent once
 
         gc.freeze()  # what is loaded by now stays: looking for garbage after each trial need not look there
-    while True:
-        with claim(folder, search) as (claimed, lock):
-            if claimed is not None:
-                code = run_trial(folder, search, claimed, lock)
-                if code:
-                    return code
-                continue
-        if not search.waiting() and not search.running():
-            return 0
-        time.sleep(WAIT_SECONDS)  # others may die, and their trials wait again
+    with reaching(folder.storage):
+        while True:
+            with claim(folder, search) as (claimed, lock):
+                if claimed is not None:
+                    code = run_trial(folder, search, claimed, lock)
+                    if code:
+                        return code
+                    continue
+            if not search.waiting() and not search.running():
+                return 0
+            time.sleep(WAIT_SECONDS)  # others may die, and their trials wait again
 
 
 @contextlib.contextmanager
@@ -105,13 +102,12 @@ def run_trial(folder: SweepFolder, search: Search, claimed: Claimed, lock: int) 
         status = ended_status(run_folder)
     seconds = time.monotonic() - started
     if status in RESULTS:
-        search.finish(number, status, objective(run_folder, search.sweep), seconds)
+        search.finish(number, status, objective(run_folder, search.metric), seconds)
     elif code == EXIT_INTERRUPTED:
         search.spend(number, seconds)
         search.give_back(number)
         return EXIT_INTERRUPTED
     elif code < 0:
-        search.spend(number, seconds)
         revive(folder, search, number, True, told)
     else:
         search.finish(number, "failed", None, seconds, told or f"ended with exit code {code}, but left no result")
@@ -129,11 +125,18 @@ def revive(folder: SweepFolder, search: Search, number: int, blamed: bool, how: 
         blamed: Whether the trial may have caused it, so that the death counts.
         how: How the process died, for the reader.
     """
+    search.spend(number, lived(folder, search, number))
     deaths = search.give_back(number, died=blamed)
     if deaths <= folder.retries:
         return True
     search.finish(number, "failed", None, 0.0, f"its process died {deaths} times, the last time {how}")
     return False
+
+
+def lived(folder: SweepFolder, search: Search, number: int) -> float:
+    """Returns for how many seconds a trial's latest attempt gave signs of life, after its process died."""
+    signs = [path.stat().st_mtime for path in (folder.log(number), folder.run_folder(number)) if path.exists()]
+    return max(0.0, max(signs, default=0.0) - search.since(number))
 
 
 def ended_status(run_folder: Path) -> str | None:
@@ -145,9 +148,9 @@ def ended_status(run_folder: Path) -> str | None:
     return status if status in RESULTS else None
 
 
-def objective(run_folder: Path, sweep: Sweep) -> float | None:
-    """Returns the last finite value of the sweep's metric in a run folder; None if there is none."""
-    values = read_columns(run_folder / "epochs.csv", []).get(sweep.metric or METRIC, [])
+def objective(run_folder: Path, metric: str) -> float | None:
+    """Returns the last finite value of a metric in a run folder; None if there is none."""
+    values = read_columns(run_folder / "epochs.csv", []).get(metric, [])
     return next((value for value in reversed(values) if math.isfinite(value)), None)
 
 
@@ -163,6 +166,8 @@ def attempt(folder: SweepFolder, sweep: Sweep, search: Search, claimed: Claimed,
         given["seed"] = claimed.values["seed"]
     json_file = folder.path / "trials" / f"{folder.run_folder(number).name}.json"
     json_file.write_text(json.dumps(given), encoding="utf-8")
+    if not folder.isolate:
+        sweep = replace(sweep, command=warm_command(sweep))
     command = command_line(sweep, given, sys.executable, str(json_file))
     log = folder.log(number)
     before = log.stat().st_size if log.exists() else 0
@@ -177,32 +182,18 @@ def attempt(folder: SweepFolder, sweep: Sweep, search: Search, claimed: Claimed,
                 run_id=claimed.run_id,
                 group=folder.name,
                 arguments=given,
-                report=trials.reporter(number, sweep.metric or METRIC, search.report),
+                report=trials.reporter(number, search.metric, search.report),
                 project=sweep.project,
                 entity=sweep.entity,
             )
             with trials.running(trial), redirected(output.fileno()):
-                code = run_here(warm_arguments(command, sweep.program))
+                code = run_here(command)
     if code < 0:
         return code, f"killed by {signal.Signals(-code).name}"
     with open(log, "rb") as text:
         text.seek(before)
         lines = [line.strip() for line in text.read().decode(errors="replace").splitlines() if line.strip()]
     return code, lines[-1] if code and lines else ""
-
-
-def warm_arguments(command: Sequence[str], program: str) -> list[str]:
-    """Returns the program and its arguments, without what starts an interpreter.
-
-    Raises:
-        UserError: The command does more than to start Python with the program.
-    """
-    before = list(command[: command.index(program)]) if program in command else list(command)
-    if program not in command or any(
-        item not in ("/usr/bin/env", sys.executable, "python", "python3") for item in before
-    ):
-        raise UserError(f"the command {' '.join(command)!r} does more than to run {program!r} with Python: --isolate")
-    return list(command[len(before) :])
 
 
 def run_here(command: Sequence[str]) -> int:
@@ -302,5 +293,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1], int(sys.argv[2])))
     except UserError as error:
-        print(error, file=sys.stderr)
+        try:
+            print(error, file=sys.stderr, flush=True)
+        except OSError:  # the disk is full: there is nowhere to say it
+            os._exit(EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)

@@ -1,4 +1,4 @@
-"""Where rows, pictures and files of a run go: W&B, memory, or nowhere. Only this module imports wandb."""
+"""Where rows, pictures and files of a run go: W&B, memory, or nowhere. Only this module logs to wandb."""
 
 import html
 import netrc

@@ -57,7 +57,6 @@ def current_trial() -> Trial | None:
     global _current
     if _current is None and VARIABLE in os.environ:
         from eva.sweep_folder import open_sweep_folder
-        from eva.sweep_worker import METRIC
 
         told = json.loads(os.environ[VARIABLE])
         follow_parent(told["parent"])
@@ -69,7 +68,7 @@ def current_trial() -> Trial | None:
             run_id=told["run_id"],
             group=folder.name,
             arguments=told["arguments"],
-            report=reporter(number, search.sweep.metric or METRIC, search.report),
+            report=reporter(number, search.metric, search.report),
             project=search.sweep.project,
             entity=search.sweep.entity,
         )

@@ -59,6 +59,10 @@ elif do == "text":
 elif do == "usage":
     print("eva train: error: lr_max must be a number", file=sys.stderr)
     sys.exit(2)
+elif do == "heal":
+    if not (trial.folder.parent / "healthy").exists():
+        sys.exit("not yet")
+    leave("finished", 0.25)
 elif do == "memory":
     resource.setrlimit(resource.RLIMIT_AS, (2 ** 36, resource.RLIM_INFINITY))
     bytearray(2 ** 37)

@@ -18,14 +18,49 @@ USER = "eva"
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server on 127.0.0.1 that asks for a password."""
+    """A server on 127.0.0.1 that asks for a password, its programs, its folder, and whom it runs as."""
 
+    programs: Path
+    root: Path
+    account: dict[str, Any]
     port: int
     password: str
 
     def url(self, password: str | None = None, port: int | None = None) -> str:
         """Returns the address of its database, with the right password unless another one is given."""
         return f"postgresql://{USER}:{password or self.password}@127.0.0.1:{port or self.port}/postgres"
+
+    def make(self) -> None:
+        """Makes an empty database."""
+        secret = self.root / "password"
+        secret.write_text(self.password)
+        if self.account:
+            for path in (self.root, secret):
+                shutil.chown(path, "postgres", "postgres")
+        options = f"-A scram-sha-256 --pwfile={secret} --no-sync --locale=C --encoding=UTF8"
+        self._run("initdb", "-U", USER, *options.split())
+
+    def start(self) -> None:
+        """Starts the server; what it says goes to a file, as it would hold a pipe open."""
+        options = f"-h 127.0.0.1 -p {self.port} -k {self.root} -F"
+        self._run("pg_ctl", "start", "-w", "-l", str(self.root / "log"), "-o", options)
+
+    def stop(self) -> None:
+        """Stops it at once, whoever is connected."""
+        self._run("pg_ctl", "stop", "-w", "-m", "immediate")
+
+    def _run(self, name: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self.programs / name), "-D", str(self.root / "data"), *arguments],
+            cwd=self.root,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            **self.account,
+        )
+        assert done.returncode == 0, done.stdout
 
 
 def free_port() -> int:
@@ -49,43 +84,11 @@ def postgres() -> Iterator[Postgres]:
             subprocess.run(["true"], check=True, **account)
         except (KeyError, ValueError, OSError) as error:
             pytest.skip(f"PostgreSQL refuses to run as root, and there is no user postgres: {error}")
-    programs = found[-1].parent
-    server = Postgres(free_port(), secrets.token_hex(8))
     with tempfile.TemporaryDirectory(prefix="postgres-", dir="/tmp") as root:  # a socket's path must be short
-        folder, secret = Path(root, "data"), Path(root, "password")
-        secret.write_text(server.password)
-        if account:
-            for path in (Path(root), secret):
-                shutil.chown(path, "postgres", "postgres")
-
-        def run(name: str, *arguments: str) -> None:
-            done = subprocess.run(
-                [str(programs / name), "-D", str(folder), *arguments],
-                cwd=root,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=120,
-                **account,
-            )
-            assert done.returncode == 0, done.stdout
-
-        run(
-            "initdb",
-            "-U",
-            USER,
-            "-A",
-            "scram-sha-256",
-            f"--pwfile={secret}",
-            "--no-sync",
-            "--locale=C",
-            "--encoding=UTF8",
-        )
-        options = f"-h 127.0.0.1 -p {server.port} -k {root} -F"
-        # Its output to a file: it would hold a pipe open.
-        run("pg_ctl", "start", "-w", "-l", str(Path(root, "log")), "-o", options)
+        server = Postgres(found[-1].parent, Path(root), account, free_port(), secrets.token_hex(8))
+        server.make()
+        server.start()
         try:
             yield server
         finally:
-            run("pg_ctl", "stop", "-w", "-m", "immediate")
+            server.stop()

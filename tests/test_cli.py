@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import BIN, SMALL_RUN, OfflineRun, flags
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_config import same, valid_settings
@@ -513,6 +513,8 @@ ARGUMENT = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["train", "find_lr"]), st.lists(ARGUMENT, max_size=6))
+@example("train", ["{"])
+@example("train", ["nowhere.json"])
 def test_no_arguments_make_a_traceback(command: str, arguments: list[str]) -> None:
     # The unknown setting keeps whatever is drawn from starting a run.
     arguments = [command, "--no_such_setting=1", *arguments]
@@ -566,4 +568,6 @@ def test_find_lr_writes_a_sweep_around_what_it_found(workplace: Path, capsys: py
     (line,) = refused([*arguments, "--out=other", "--write_sweep=lr.yaml"], capsys)
     assert line == "'lr.yaml' is there already; choose another --write_sweep"
     assert Path("lr.yaml").read_text() == written
+    (line,) = refused([*arguments, "--out=other", "--write_sweep=nowhere/lr.yaml"], capsys)
+    assert line.startswith("cannot write 'nowhere/lr.yaml': there is no folder")
     assert not Path("other").exists()

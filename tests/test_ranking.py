@@ -331,6 +331,20 @@ def test_a_configuration_with_one_seed_is_not_tested() -> None:
     assert conclusion(found, tests).endswith("; without values of two seeds, trial 1 can't be compared")
 
 
+def test_seeds_of_one_configuration_alone_have_nothing_to_be_compared_with() -> None:
+    for trials in (repeated(0, [0.5, 0.51], 5), [*repeated(0, [0.5, 0.51], 5), *repeated(1, [0.6], 7)]):
+        told = conclusion(rank_repeats(trials, "maximize"), ())
+        assert told == "there is no other configuration of several seeds to compare with"
+
+
+def test_a_trial_that_finished_without_a_value_is_remarked() -> None:
+    """Alone, and as one of several seeds."""
+    [alone] = rank([trial(0, None)], "maximize")
+    assert alone.remark == "without a value"
+    seeds = [trial(number, value, {"norm": "batch", "seed": number}) for number, value in enumerate([0.5, None, 0.6])]
+    assert [each.remark for each in rank(seeds, "maximize")] == ["1 of 3 without a value"]
+
+
 def test_values_without_any_spread_give_no_verdict() -> None:
     found = rank_repeats([*repeated(0, [0.5, 0.5], 5), *repeated(1, [0.6, 0.6], 7)], "maximize")
     (test,) = distinguishable(found, "maximize")

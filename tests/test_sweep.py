@@ -1,5 +1,6 @@
 """Whole sweeps by real processes: what is killed is gone on with, nothing is lost or run twice, no socket is opened."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -8,8 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from safetensors.torch import load_file
 
 from eva import cli, sweep
 from eva.config import UserError
+from eva.ranking import TrialRecord
 from eva.search import Search, open_storage
-from eva.sweep import Conductor
+from eva.sweep import Conductor, check_failures
 from eva.sweep_folder import STORAGE_VARIABLE, SweepFolder, open_sweep_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -108,19 +111,104 @@ def test_no_worker_is_left(deadly: Conducted) -> None:
     assert workers_of(deadly.folder.path) == []
 
 
-def test_one_failure_after_the_other_ends_a_sweep(tmp_path: Path) -> None:
+def test_nothing_but_failures_ends_a_sweep(tmp_path: Path) -> None:
     """The rest would fail too; what runs is saved and waits."""
-    folder, search = begin(tmp_path, "finish", *(f"usage{number}" for number in range(5)), "wait")
-    with pytest.raises(UserError, match=r"^5 trials in a row failed, the last one: eva train: error: lr_max must be"):
+    folder, search = begin(tmp_path, *(f"usage{number}" for number in range(5)), "wait")
+    with pytest.raises(UserError, match=r"^all of 5 trials failed, the last one: eva train: error: lr_max must be"):
         Conductor(folder, search, workers=1).run()
-    assert states(search) == ["finished", *["failed"] * 5, "waiting"]
+    assert states(search) == [*["failed"] * 5, "waiting"]
     assert workers_of(folder.path) == []
+
+
+def test_a_sweep_that_has_a_result_survives_its_failures(tmp_path: Path) -> None:
+    """As many as there are."""
+    folder, search = begin(tmp_path, "finish", *(f"usage{number}" for number in range(6)), "finish1")
+    assert Conductor(folder, search, workers=1).run()
+    assert states(search) == ["finished", *["failed"] * 6, "finished"]
+
+
+def failures(*values: dict[str, Any]) -> list[TrialRecord]:
+    """Returns trials with these values that failed."""
+    return [
+        TrialRecord(number, "failed", each, None, (), 1.0, "no luck", None, None) for number, each in enumerate(values)
+    ]
+
+
+def test_seeds_of_one_or_two_configurations_may_all_fail() -> None:
+    """One corner that is too large is no reason to end a sweep; three are, and so is the only one that there is."""
+    seeds = [{"batch_size": 4096, "seed": seed} for seed in range(7)]
+    waiting = replace(failures({})[0], number=99, state="waiting")
+    other = [replace(waiting, number=100 + number, values={"batch_size": number}) for number in range(2)]
+    check_failures([*failures(*seeds), waiting, *other])
+    check_failures([*failures(*seeds, {"batch_size": 2048, "seed": 0}), waiting, *other])
+    check_failures(failures(*seeds)[:4])
+    for given in (
+        [*failures(*seeds, {"batch_size": 2048}, {"batch_size": 1024}), waiting, *other],
+        failures(*seeds)[:5],
+    ):
+        with pytest.raises(UserError, match=r"^all of \d trials failed, the last one: no luck$"):
+            check_failures(given)
+
+
+def test_what_failed_is_run_once_more_when_the_cause_is_mended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier failures don't end the sweep again; a trial that is tried again counts in place of the failed one."""
+    heal = [f"heal{number}" for number in range(5)]
+    folder, search = begin(tmp_path, *heal, "finish")
+    resume = ["sweep", f"--resume={folder.path}"]
+    assert cli.main(resume) == 2
+    error = capfd.readouterr().err
+    assert error == (
+        "eva sweep: error: all of 5 trials failed, the last one: not yet; when that is mended, go on with "
+        f"eva sweep --resume={folder.path} --retry_failed\n"
+    )
+    assert cli.main(resume) == 0
+    assert states(search) == [*["failed"] * 5, "finished"]
+    (folder.path / "trials" / "healthy").touch()
+    capfd.readouterr()
+    assert cli.main([*resume, "--retry_failed"]) == 0
+    assert "failed trials that are run once more: 5" in capfd.readouterr().out
+    assert states(search) == ["finished"] * 6
+    assert {trial.values["do"] for trial in search.records()} == {*heal, "finish"}
+    assert cli.main([*resume, "--retry_failed", "--count=6"]) == 0
+    assert len(begun(folder)) == 11
+
+
+def test_a_full_disk_ends_a_sweep_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing can be noted any more, or just that a trial failed; once there is room the sweep goes on."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", tmp_path]).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        folder, _ = begin(tmp_path, "finish", "wait", "finish1")
+
+        def fill() -> None:
+            wait_until((folder.run_folder(1) / "waits").exists)
+            with contextlib.suppress(OSError), open(tmp_path / "filling", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 512)
+            (folder.path / "trials" / "go").touch()
+
+        filler = threading.Thread(target=fill)
+        filler.start()
+        code = cli.main(["sweep", f"--resume={folder.path}"])
+        filler.join()
+        error = capfd.readouterr().err
+        assert (code, error.count("\n")) == (2, 1)
+        assert "No space left on device" in error and f"go on with eva sweep --resume={folder.path}" in error
+        (tmp_path / "filling").unlink()
+        assert cli.main(["sweep", f"--resume={folder.path}", "--retry_failed"]) == 0
+        assert states(folder.open_search()) == ["finished"] * 3
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_command_that_needs_a_process_of_its_own_is_told(tmp_path: Path) -> None:
     """And is no failure of the trial."""
     folder, search = begin(tmp_path, "finish", command=("nice", *ARGUMENTS[1:]))
-    with pytest.raises(UserError, match=r"^the command 'nice .* does more than to run .*: --isolate$"):
+    with pytest.raises(
+        UserError, match=r"^command has .nice. before the program, .*--isolate gives"
+    ):
         Conductor(folder, search, workers=1).run()
     assert states(search) == ["waiting"]
     search.claim(0, "here")
@@ -534,6 +622,68 @@ def test_machines_share_a_sweep_through_postgresql_and_no_password_is_left(
     assert len(files) > 20
     assert not [path for path in files if postgres.password.encode() in path.read_bytes()]
     assert all(f"eva@127.0.0.1:{postgres.port}" in (folder.path / "sweep.json").read_text() for folder, _ in made)
+
+
+def test_a_database_that_goes_away_ends_the_sweep_in_one_line_and_nothing_is_lost(
+    tmp_path: Path,
+    postgres: Postgres,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """While a trial runs; once it is back the sweep goes on, and what had ended is not run again."""
+    monkeypatch.setenv(STORAGE_VARIABLE, postgres.url())
+    monkeypatch.setattr("eva.search.PATIENCE_SECONDS", 0.0)
+    folder, _ = begin(tmp_path, "finish", "wait", "finish1", storage=postgres.url(), name="gone")
+
+    def break_off() -> None:
+        wait_until((folder.run_folder(1) / "waits").exists)
+        workers = workers_of(folder.path)
+        postgres.stop()
+        with contextlib.suppress(ProcessLookupError):
+            kill(*workers)  # which would have patience
+
+    breaker = threading.Thread(target=break_off)
+    breaker.start()
+    try:
+        code = cli.main(["sweep", f"--resume={folder.path}"])
+    finally:
+        breaker.join()
+        postgres.start()
+    told = capfd.readouterr()
+    assert code == 2 and told.err.count("\n") == 1
+    assert told.err.startswith("eva sweep: error: cannot reach the storage 'postgresql://eva@127.0.0.1")
+    assert told.err.endswith(f"; when that is mended, go on with eva sweep --resume={folder.path} --retry_failed\n")
+    assert postgres.password not in told.err + told.out
+    (folder.path / "trials" / "go").touch()
+    assert cli.main(["sweep", f"--resume={folder.path}"]) == 0
+    assert states(folder.open_search()) == ["finished"] * 3
+    assert begun(folder) == [0, 1, 1, 2]
+    assert "no comparison page" in capfd.readouterr().out
+
+
+def test_a_database_that_is_started_anew_is_waited_for(
+    tmp_path: Path,
+    postgres: Postgres,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    clean_environment: dict[str, str],
+) -> None:
+    """A trial ends while it is away: that is noted when it is back, and no trial is run twice."""
+    monkeypatch.setenv(STORAGE_VARIABLE, postgres.url())
+    folder, search = begin(tmp_path, "finish", "wait", "finish1", storage=postgres.url(), name="anew")
+    conductor = start_conductor(folder, 1, {**clean_environment, STORAGE_VARIABLE: postgres.url()})
+    wait_until((folder.run_folder(1) / "waits").exists)
+    postgres.stop()
+    try:
+        (folder.path / "trials" / "go").touch()
+        wait_until((folder.run_folder(1) / "summary.json").exists)
+        time.sleep(1)
+    finally:
+        postgres.start()
+    output = conductor.communicate(timeout=120)[0]
+    assert conductor.returncode == 0, output
+    assert "died" not in output
+    assert states(search) == ["finished"] * 3
+    assert begun(folder) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("mistake", ["password", "server"])

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from eva.config import FIELDS, TYPES, Layer, UserError, resolve
+from eva.config import FIELDS, READ_ONLY_WITH, TYPES, Layer, UserError, resolve
 from eva.loop import BATCH_COLUMNS, epoch_columns
+from eva.schedules import Rates, build_schedule
 from eva.sweep_check import (
     BATCH_METRICS,
+    MOST_TRIALS,
     POSITIONS,
     TRAIN_METRICS,
     WATCHED_METRICS,
@@ -18,11 +23,13 @@ from eva.sweep_check import (
     check_file,
     fits,
     meant,
+    measured_bands,
     num_trials,
     problems,
     warnings,
 )
-from eva.sweep_file import grid, inspect_sweep, read_sweep
+from eva.sweep_file import Problem, Sweep, grid, inspect_sweep, read_sweep
+from eva.sweep_probe import Measurement
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -103,8 +110,6 @@ PARAMETERS = {
         ["batch_size must be a whole number", "q_uniform", "whole q"],
     ),
     "numbers for text": ("model: {min: 1, max: 5} #!", ["model must be text", "int_uniform draws numbers"]),
-    "same once typed": ('l1: {values: ["0.1", 0.1]} #!', ["which are the same", "write 0.1"]),
-    "two ways of none": ("grad_clip:\n  values:\n    - null\n    - none #!", ["'none' and None", "the same"]),
     "upper end": ("label_smoothing: {min: 0.0, max: 1.0} #!", ["label_smoothing must be in [0, 1)", "1.0"]),
     "one of many values": ("dropout: {values: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.5, 0.7]} #!", ["dropout", "1.5"]),
     "tail": ("weight_decay: {distribution: normal, mu: 0.001, sigma: 0.001} #!", ["must not be negative", "trial may"]),
@@ -140,7 +145,7 @@ def test_wrong_parameters_are_told_with_their_line(name: str) -> None:
     path = written(parameters)
     found = problems(read_sweep(path))
     assert {problem.line for problem in found} == set(marked(path)), found
-    assert len(found) == (2 if name == "same once typed" else 1)
+    assert len(found) == 1
     for word in words:
         assert any(word in problem.text for problem in found), found
 
@@ -177,16 +182,90 @@ OTHER: dict[str, tuple[dict[str, str | None], int, list[str]]] = {
     "folder as program": ({"program": "programs"}, 1, ["is a folder"]),
     "no arguments": ({"command": "[python, '${program}']"}, 5, ["no ${args}", "not be given their parameters"]),
     "arguments of Hydra": ({"command": "['${program}', '${args_override_hydra}']"}, 5, ["Hydra", "${args}"]),
+    "fewer epochs than bands": (
+        {"early_terminate": "{type: hyperband, max_iter: 81, s: 2}"},
+        5,
+        ["no trial can be stopped", "after epoch 9, 27", "trials have 3 epochs, as max_steps ends them"],
+    ),
+    "percent as target": (
+        {"metric": "{name: val/accuracy_best, goal: maximize, target: 95}"},
+        4,
+        ["val/accuracy_best is a fraction, from 0 to 1, but got target 95", "did you mean 0.95?"],
+    ),
+    "negative target": (
+        {"metric": "{name: val/accuracy_best, goal: maximize, target: -0.5}"},
+        4,
+        ["from 0 to 1, but got target -0.5"],
+    ),
+    "loss below nothing": (
+        {"metric": "{name: val/loss, goal: minimize, target: -1}"},
+        4,
+        ["val/loss is never below 0, but got target -1"],
+    ),
+    "too many trials": ({"run_cap": "100000000"}, 3, ["at most 10,000 trials, but got 100,000,000"]),
+    "range test as program": ({"program": "runners/find_lr.py"}, 1, ["find_lr trains nothing", "no trial"]),
+    "help": ({"command": "['${program}', --help, '${args}']"}, 5, ["with --help in command no trial trains"]),
+    "short help": ({"command": "['${program}', -h, '${args}']"}, 5, ["with -h in command no trial trains"]),
+    "list": ({"command": "['${program}', --list, '${args}']"}, 5, ["with --list in command no trial trains"]),
+    "pictures": ({"command": "['${program}', --show_policy, '${args}']"}, 5, ["with --show_policy in command"]),
+    "one run for all": ({"command": "['${program}', --resume=runs/a, '${args}']"}, 5, ["with --resume=runs/a in"]),
+    "flag without value": ({"command": "['${program}', --config, '${args}']"}, 5, ["--config: expected one"]),
+    "setting without value": (
+        {"command": "['${program}', --epochs, '${args}']"},
+        5,
+        ["command: epochs must be a whole number, but got no value"],
+    ),
+    "JSON that is none": ({"command": "['${program}', '{\"a\"', '${args}']"}, 5, ["command: '{\"a\"' is not JSON"]),
+    "no settings file": (
+        {"command": "[python, '${program}', --config=nope.yaml, '${args}']"},
+        5,
+        ["command: cannot read 'nope.yaml'"],
+    ),
+    "settings file of another kind": (
+        {"command": "[python, '${program}', --config, train.py, '${args}']"},
+        5,
+        ["'train.py'", "a mapping of settings"],
+    ),
+    "more than Python": (
+        {"command": "[nice, python, '${program}', '${args}']"},
+        5,
+        ["command has 'nice' before the program", "--isolate gives each trial a process"],
+    ),
+    "option of Python": (
+        {"command": "['${env}', '${interpreter}', -O, '${program}', '${args}']"},
+        5,
+        ["command has '-O' before the program"],
+    ),
+    "another program": ({"command": "[python, other.py, '${args}']"}, 5, ["command doesn't run ${program}"]),
+    "no program needed": (
+        {"program": None, "command": "[eva, train, '${args}']"},
+        4,
+        ["command doesn't run ${program}", "--isolate"],
+    ),
     "unknown flag": ({"command": "['${program}', --epoch=3, '${args}']"}, 5, ["'epoch'", "'epochs'"]),
     "impossible flag": ({"command": "['${program}', --epochs=3, '${args}']"}, 5, ["peak_epoch", "epochs=3"]),
 }
+
+
+def size_problems(sweep: Sweep) -> list[Problem]:
+    """Returns what num_trials refuses a sweep with."""
+    try:
+        num_trials(sweep, None)
+    except UserError as error:
+        lines = [line.split(":", 2) for line in str(error).splitlines()]
+        return [Problem(int(line), text) for _, line, text in lines]
+    return []
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_wrong_sections_are_told_with_their_line(name: str) -> None:
     """One problem, at the section's line, in the words that help."""
     sections, line, words = OTHER[name]
-    found = problems(read_sweep(written(FINE, **sections)))
+    Path("runners").mkdir()
+    Path("runners/find_lr.py").touch()
+    limit = "\nmax_steps: {value: 3}" if name == "fewer epochs than bands" else ""
+    sweep = read_sweep(written(FINE + limit, **sections))
+    found = [*problems(sweep), *size_problems(sweep)]
     assert [problem.line for problem in found] == [line], found
     for word in words:
         assert word in found[0].text
@@ -289,6 +368,127 @@ def test_every_problem_is_told_at_once() -> None:
     lines = str(error.value).splitlines()
     assert [int(line.split(":")[1]) for line in lines] == marked(path)
     assert all(line.startswith("sweep.yaml:") for line in lines)
+
+
+UNSOUND = """\
+lr: {min: 1e-5, max: 1e-1}
+policy_options:
+  parameters:
+    a:
+      parameters:
+        cutout: {min: 2}
+dropout: {min: 0.5}
+"a b": {value: 1}
+optim:
+  parameters:
+    l1: {values: []}"""
+
+
+def test_names_of_parameters_are_looked_at_that_are_wrong_otherwise() -> None:
+    """Each has two problems, in the order of the lines, but a name that none can have, and a setting, just one."""
+    with pytest.raises(UserError, match="lr") as error:
+        check_file(written(UNSOUND), None, 1)
+    told = [line.removeprefix("sweep.yaml:").split(": ", 1) for line in str(error.value).splitlines()]
+    expected = {
+        "6": ["unknown parameter 'lr'", "max must be a number", "min must be a number"],
+        "11": ["int_uniform needs max", "policy_options.a.cutout: policy_options has no groups within"],
+        "12": ["uniform needs max"],
+        "13": ["the name of a parameter must begin with a letter"],
+        "16": ["values must be a list", "unknown parameter 'optim.l1': settings stand in no groups; write l1"],
+    }
+    found = {line: [text for at, text in told if at == line] for line, _ in told}
+    assert found.keys() == expected.keys()
+    for line, parts in expected.items():
+        assert len(found[line]) == len(parts), found[line]
+        for part in parts:
+            assert any(part in text for text in found[line]), part
+
+
+def test_what_follows_from_a_mistake_is_not_told() -> None:
+    """A rule that is broken only by a value that is impossible by itself; what only a file could say that isn't there.
+
+    What is wrong of itself beside them is told.
+    """
+    path = written("epochs: {values: [0, 8]}")
+    assert [problem.text for problem in problems(read_sweep(path))] == [
+        "epochs must be at least 1, but a trial may get epochs=0"
+    ]
+    told = [problem.text for problem in problems(read_sweep(written("epochs: {values: [0, 1]}")))]
+    assert len(told) == 2
+    assert "peak_epoch=5.0, epochs=1" in told[1]
+    path = written(
+        "dropout: {values: [0.1, 1.5]}\nepochs: {values: [6, 7]}",
+        command="['${program}', --config=nope.yaml, '${args}']",
+        early_terminate="{type: hyperband, min_iter: 8, strict: true}",
+        metric="{name: test/accuracy_best, goal: maximize}",
+    )
+    lines = [(problem.line, problem.text.split(",")[0]) for problem in problems(read_sweep(path))]
+    assert lines == [
+        (5, "command: cannot read 'nope.yaml': No such file or directory"),
+        (8, "dropout must be in [0"),
+    ]
+
+
+def test_a_settings_file_counts_and_what_is_wrong_in_it_is_told_at_the_command() -> None:
+    """Its epochs are every trial's; a key that is no setting is told once, with nothing that follows from it."""
+    command = "['${program}', --config=settings.yaml, '${args}']"
+    Path("settings.yaml").write_text("epochs: 3\npeak_epoch: 1\n")
+    sweep = read_sweep(written(FINE, command=command))
+    assert check(sweep, 2, 1, measure=False) == ["size: 2 trials, 6 epochs in all"]
+    Path("settings.yaml").write_text("epoch: 3\n")
+    found = problems(read_sweep(written("epochs: {values: [10, 20]}", command=command)))
+    assert [(problem.line, problem.text) for problem in found] == [
+        (5, "command: file settings.yaml: unknown setting 'epoch'; did you mean 'epochs'?")
+    ]
+
+
+ISOLATED = {
+    "eva itself": ("[./eva, train, '${{args}}']", None),
+    "a shell": ("[bash, -c, 'exec \"$@\"', bash, '${{args}}']", None),
+    "env with a variable": ("['${{env}}', A=1, {python}, '${{args}}']", None),
+    "no such program": ("[nopython, '${{args}}']", "command starts 'nopython', but there is no such program"),
+    "nothing that can be run": ("[./train.py, '${{args}}']", "command starts './train.py'"),
+    "behind env": ("['${{env}}', A=1, nopython, '${{args}}']", "command starts 'nopython'"),
+    "the range test": ("[./eva, find_lr, '${{args}}']", "find_lr trains nothing"),
+}
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_with_a_process_for_each_trial_a_command_may_be_any_that_starts(name: str) -> None:
+    """Without a program too, as W&B takes it; a first word that isn't there is told at the command's line."""
+    Path("eva").touch(mode=0o755)
+    command, words = ISOLATED[name]
+    path = written(FINE, program=None, command=command.format(python=sys.executable))
+    if words is None:
+        assert check_file(path, 2, 1, measure=False, isolate=True)[1] == ["size: 2 trials, 40 epochs in all"]
+        with pytest.raises(UserError, match=r"sweep.yaml:4: command doesn't run \$\{program\}"):
+            check_file(path, 2, 1, measure=False)
+    else:
+        with pytest.raises(UserError, match=rf"^sweep.yaml:4: .*{words}[^\n]*$"):
+            check(read_sweep(path), 2, 1, measure=False, isolate=True)
+
+
+def test_settings_of_eva_train_count_without_a_program() -> None:
+    """Its words stand behind `train`, and those of the environment have their values."""
+    Path("eva").touch(mode=0o755)
+    command = "[./eva, train, '--epochs=${envvar:EVA_EPOCHS}', --peak_epoch=1, '${args}']"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVA_EPOCHS", "3")
+        sweep = read_sweep(written(FINE, program=None, command=command))
+        assert check(sweep, 2, 1, measure=False, isolate=True) == ["size: 2 trials, 6 epochs in all"]
+
+
+@pytest.mark.parametrize("values", ["[8, 16, 8]", "[8, 16, 8.0]"])
+def test_a_value_that_is_there_twice_is_wrong_in_a_grid_alone(values: str) -> None:
+    """W&B's grid has it once; elsewhere it is drawn more often, which is told as a warning."""
+    sweep, found = inspect_sweep(written(f"batch_size: {{values: {values}}}", method="grid"))
+    assert sweep is not None
+    assert ["is there twice" in problem.text for problem in found] == [True]
+    sweep = read_sweep(written(f"batch_size: {{values: {values}}}"))
+    assert problems(sweep) == []
+    assert [(one.line, "which are the same" in one.text) for one in warnings(sweep)] == [(6, True)]
+    path = written("grad_clip: {values: [null, none]}", method="grid")
+    assert ["'none' and None, which are the same" in one.text for one in problems(read_sweep(path))] == [True]
 
 
 def test_a_file_that_is_no_sweep_is_told() -> None:
@@ -398,6 +598,51 @@ def test_a_grid_that_is_too_large_is_told() -> None:
     assert num_trials(sweep, 50) == 50
 
 
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_more_trials_than_can_be_noted_are_told(method: str) -> None:
+    """Whoever asks for them: the file at its line, or --count; the lesser one counts."""
+    sweep = read_sweep(written(FINE, method=method, run_cap=str(MOST_TRIALS + 1)))
+    with pytest.raises(UserError, match=r"^sweep.yaml:3: a sweep has at most 10,000 trials, but got 10,001$"):
+        num_trials(sweep, None)
+    assert num_trials(sweep, MOST_TRIALS) == MOST_TRIALS
+    with pytest.raises(UserError, match=r"^sweep.yaml:2: a sweep has at most 10,000 trials, but got 20,000$"):
+        num_trials(read_sweep(written(FINE, method=method, run_cap=None)), 20_000)
+
+
+def test_max_steps_ends_trials_before_their_epochs() -> None:
+    """By hand: 3 steps are 3 epochs at most; with 60 images in batches of 20 an epoch has 3 steps, and 7 are 3 epochs.
+
+    No trial reaches epoch 5, but some may reach epoch 2.
+    """
+    rule = "{type: hyperband, min_iter: 5, eta: 2, strict: true}"
+    images = "train_limit: {value: 60}\nbatch_size: {value: 20}"
+    for parameters in ("max_steps: {value: 3}", f"max_steps: {{value: 7}}\n{images}"):
+        (problem,) = problems(read_sweep(written(f"{FINE}\n{parameters}", early_terminate=rule)))
+        assert problem.text.endswith("trials have 3 epochs, as max_steps ends them")
+        lines = check(read_sweep(written(f"{FINE}\n{parameters}")), 2, 1, measure=False)
+        assert lines == ["size: 2 trials, 6 epochs in all"]
+    for parameters in ("max_steps: {value: 7}", f"max_steps: {{value: 16}}\n{images}"):
+        assert problems(read_sweep(written(f"{FINE}\n{parameters}", early_terminate=rule))) == []
+
+
+def test_what_was_measured_tells_which_bands_are_reached() -> None:
+    """By hand: of 20 epochs of 100 steps 350 steps are 4, and 950 steps are 10."""
+    common: dict[str, Any] = {"values": {}, "range_test_steps": 0, "step": 0.1, "epoch": 1.0, "rest": 1.0}
+    common |= {"steps_per_epoch": 100, "disk": 1, "row": 1.0, "memory": 1}
+    short, long, whole = (Measurement(**common, max_steps=most) for most in (350, 950, None))
+    sweep = read_sweep(written(FINE, early_terminate="{type: hyperband, min_iter: 5, eta: 2, strict: true}"))
+    (found,) = measured_bands(sweep, [short], (20, 20))
+    assert (found.line, found.text.startswith("no trial can be stopped early")) == (5, True)
+    assert found.text.endswith("trials have 4 epochs, as max_steps ends them")
+    (found,) = measured_bands(sweep, [short, long], (20, 20))
+    assert found.text == "trials of 4 epochs can't be stopped early: that is after epoch 5 at the soonest"
+    assert measured_bands(sweep, [long], (20, 20)) == measured_bands(sweep, [whole], (4, 4)) == []
+    sweep = read_sweep(written(FINE, early_terminate="{type: hyperband, max_iter: 81, s: 2, strict: true}"))
+    (found,) = measured_bands(sweep, [long], (20, 20))
+    assert found.text.startswith("no trial can be stopped after epoch 27: trials have 10 epochs, as max_steps ends")
+    assert measured_bands(read_sweep(written(FINE)), [short], (20, 20)) == []
+
+
 WARNINGS: dict[str, tuple[str, dict[str, str | None], int, str]] = {
     "a metric that may fall": (FINE, {"metric": "{name: val/accuracy, goal: maximize}"}, 4, "may fall"),
     "chosen by test": (
@@ -413,6 +658,45 @@ WARNINGS: dict[str, tuple[str, dict[str, str | None], int, str]] = {
         {"early_terminate": "{type: hyperband, min_iter: 8, strict: true}"},
         5,
         "trials of 6 epochs can't be stopped",
+    ),
+    "some bands for none": (
+        "epochs: {values: [10, 12]}",
+        {"early_terminate": "{type: hyperband, max_iter: 81, s: 4}"},
+        5,
+        "no trial can be stopped after epoch 27: trials have 12 epochs; max_iter: 12",
+    ),
+    "exponents": (
+        "lr_max: {distribution: log_uniform, min: 0.0001, max: 0.1}\nlr_min: {value: 0.001}",
+        {},
+        6,
+        "exponents of e, and draws 1.0001 to 1.10517; for values from min to max take log_uniform_values",
+    ),
+    "exponents in steps": (
+        "batch_size: {distribution: q_log_uniform, min: 2, max: 5}",
+        {},
+        6,
+        "draws 7 to 148; for values from min to max take q_log_uniform_values",
+    ),
+    "exponents below one": (
+        "weight_decay: {distribution: inv_log_uniform, min: 0.0001, max: 0.1}",
+        {},
+        6,
+        "for values from min to max take inv_log_uniform_values",
+    ),
+    "nothing to search": ("seed: {value: 3}", {}, 5, "random has nothing to search: all trials are the same"),
+    "one value to search": ("seed: {values: [3]}", {}, 5, "all trials are the same"),
+    "no schedule reads it": (
+        "schedule: {values: [constant, cosine]}\npeak_epoch: {values: [1, 2]}",
+        {},
+        7,
+        "peak_epoch is read only with schedule onecycle or cosine_onecycle, which no trial has: it changes nothing",
+    ),
+    "no norm reads it": (f"{FINE}\nghost_splits: {{values: [2, 4]}}", {}, 7, "ghost_splits is read only with norm"),
+    "no optimizer reads it": (
+        "optimizer: {value: adamw}\nnesterov: {values: [true, false]}",
+        {},
+        7,
+        "nesterov is read only with optimizer sgd",
     ),
     "no seeds": ("norm: {values: [batch, layer]}", {"method": "grid"}, 5, "seed is not searched"),
     "lucky seeds": ("seed: {values: [0, 1]}\nl1: {min: 0.0, max: 0.1}", {"method": "bayes"}, 6, "lucky seed"),
@@ -430,6 +714,63 @@ def test_likely_mistakes_are_warned_of(name: str) -> None:
     assert words in found[0].text
     assert problems(sweep) == []
     assert check(sweep, 2, 1, measure=False)[0] == f"warning: {found[0].told(sweep.source)}"
+
+
+SOUND = [
+    "weight_decay: {distribution: log_uniform, min: -9, max: -2}",
+    "weight_decay: {distribution: inv_log_uniform, min: 2, max: 9}",
+    "norm: {values: [ghost, batch]}\nghost_splits: {values: [2, 4]}",
+    "schedule: {values: [constant, cosine]}\nlr_min: {values: [0.001, 0.01]}",
+    "recipe: {values: [null, resnet9-onecycle]}\nval_fraction: {value: 0.1}\npeak_epoch: {values: [1, 2]}",
+]
+
+
+@pytest.mark.parametrize("parameters", SOUND)
+def test_what_is_likely_meant_is_not_warned_of(parameters: str) -> None:
+    """Exponents that can be no values, and what some of the trials read."""
+    assert warnings(read_sweep(written(parameters))) == []
+
+
+SCHEDULES = get_args(TYPES["schedule"])
+# Two values of a setting that differ, whatever else: any two of these make other rates where they are read.
+DISTINCT: dict[str, st.SearchStrategy[Any]] = {
+    "lr_min": st.sampled_from([0.0, 0.01, 0.02, 0.03, 0.05]),
+    "peak_epoch": st.integers(1, 9),
+    "lr_factor": st.sampled_from([0.1, 0.3, 0.5, 0.7]),
+    "lr_steps": st.lists(st.integers(1, 9), unique=True, min_size=1).map(sorted),
+    "patience": st.integers(1, 4),
+    "cycle_epochs": st.integers(1, 9),
+    "momentum_min": st.sampled_from([None, 0.5, 0.7, 0.85]),
+}
+
+
+def rates(schedule: str, settings: dict[str, Any]) -> list[Rates]:
+    """Returns the rates of ten epochs of three steps, in which no epoch is better than the one before."""
+    given = {"epochs": 10, "lr_min": 0.0, "lr_max": 0.1, "lr_steps": [4], "patience": 1, "schedule": schedule}
+    built = build_schedule(resolve([Layer("test", {**given, **settings})])[0], 3)
+    return [built(step, [1.0] * (step // 3)) for step in range(30)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_schedule_reads_a_setting_if_the_table_says_so(schedule: str, name: str) -> None:
+    """Its rates and momenta change with the setting, and else never."""
+
+    @given(st.lists(DISTINCT[name], min_size=2, max_size=2, unique_by=repr))
+    @hypothesis_settings(max_examples=25, deadline=None)
+    def changes(values: list[Any]) -> None:
+        first, second = (rates(schedule, {name: value}) for value in values)
+        assert (first != second) is (schedule in READ_ONLY_WITH[name][1])
+
+    changes()
+
+
+def test_the_table_is_about_settings_and_their_values() -> None:
+    """Each is a setting, and is read with some of the choices, but not with all."""
+    for name, (decider, needed) in READ_ONLY_WITH.items():
+        assert name in FIELDS
+        assert set(needed) < set(get_args(TYPES[decider]))
+    assert {name for name, (decider, _) in READ_ONLY_WITH.items() if decider == "schedule"} == set(DISTINCT)
 
 
 def test_a_goal_that_is_missing_is_told_once() -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from eva.sweep_file import (
     lr_range_sweep,
     read_sweep,
     refuse,
+    warm_command,
 )
 
 FULL = """\
@@ -191,7 +193,7 @@ method: grids
 metric: {goal: up, target: high, impute: mean}
 early_terminate: {type: hyperband, max_iter: 9}
 command:
-  - ${env}
+  - ${program}
   - ${arg}
   - [1]
 run_cap: 0
@@ -210,7 +212,7 @@ parameters:
   epochs: 3
   group:
     parameters:
-      x: {values: [1, 1]}
+      x: {values: []}
     value: 3
   empty: {parameters: {}}
 """
@@ -241,7 +243,7 @@ def test_all_problems_are_told_at_once_each_with_its_line(tmp_path: Path) -> Non
         20: ["the name of a parameter must begin with a letter or _"],
         21: ["the name of a parameter must begin with a letter or _"],
         22: ["parameter epochs must be a mapping, but got 3; for a constant write epochs: {value: ...}"],
-        25: ["parameter group.x: the value 1 is there twice"],
+        25: ["parameter group.x: values must be a list with something in it, but got []"],
         26: ["group group must hold parameters alone, but got 'value'"],
         27: ["parameters must be a mapping of names, but got {}"],
     }
@@ -339,6 +341,62 @@ def test_each_mistake_is_told_with_its_line(change: tuple[str, str], line: int, 
     assert len(problems) == 1
     assert problems[0].startswith(f"{line}: ")
     assert told in problems[0]
+
+
+def test_what_wandbs_schema_takes_beyond_the_usual_is_taken(tmp_path: Path) -> None:
+    """Repeated values where they are drawn, steps of hyperband with a point, and a command that needs no program."""
+    text = (
+        "method: random\nmetric: {name: val/loss, goal: minimize}\ncommand: [eva, train, '${args}']\n"
+        "early_terminate: {type: hyperband, max_iter: 27, s: 2.0}\nparameters: {x: {values: [1, 2, 1]}}\n"
+    )
+    assert not schema_violations_from_proposed_config(yaml.safe_load(text))
+    sweep = read_sweep(write(tmp_path, text))
+    assert (sweep.program, sweep.command[:2]) == ("", ("eva", "train"))
+    assert sweep.hyperband is not None and sweep.hyperband.bands == (3, 9)
+    assert sweep.searched[0].distribution.values == (1, 2, 1)
+    assert command_line(sweep, {"x": 1}, "python", "") == ["eva", "train", "--x=1"]
+    (told,) = problems_of(write(tmp_path, text.replace("random", "grid")))
+    assert told == "5: parameter x: the value 1 is there twice"
+    (told,) = problems_of(write(tmp_path, text.replace("s: 2.0", "s: 2.5")))
+    assert "s must be a whole number" in told
+
+
+def test_a_grid_of_wandb_has_repeated_values_once() -> None:
+    """So a grid with one is a mistake."""
+    runs = grid_search_next_runs([], {"method": "grid", "parameters": {"x": {"values": [1, 2, 1]}}}, n=5)
+    assert len([run for run in runs if run is not None]) == 2
+
+
+@pytest.mark.parametrize(
+    "before", [[], ["python"], ["python3"], ["${env}", "${interpreter}"], [sys.executable], ["${envvar:EVA_PYTHON}"]]
+)
+def test_a_worker_runs_what_stands_from_the_program_on(
+    before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only starts Python is left out, and all after the program stays, another mention of it too."""
+    monkeypatch.setenv("EVA_PYTHON", "python3")
+    after = ["${args}", "--a=1", "${program}"]
+    for program in ("${program}", "runners/train.py"):
+        assert warm_command(read_sweep(with_command([*before, program, *after], tmp_path))) == (program, *after)
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        (["nice", "python", "${program}"], "command has 'nice' before the program"),
+        (["python", "-O", "${program}"], "command has '-O' before the program"),
+        (["${envvar:EVA_NICE}", "python", "${program}"], "command has 'nice' before the program"),
+        (["${args}", "${program}"], "command has '${args}' before the program"),
+        (["python", "other.py", "${args}"], "command doesn't run ${program}"),
+    ],
+)
+def test_a_worker_cannot_run_a_command_that_does_more(
+    command: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused rather than run as something else."""
+    monkeypatch.setenv("EVA_NICE", "nice")
+    with pytest.raises(UserError, match=re.escape(told) + ".*; --isolate gives each trial a process"):
+        warm_command(read_sweep(with_command(command, tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -632,8 +690,9 @@ def test_the_sweep_of_a_range_test_trains_what_was_tested(
     sweep = read_sweep(write(tmp_path, text))
     assert (sweep.metric, sweep.goal) == ("val/accuracy_best", "maximize")
     ranges = {parameter.name: parameter.distribution for parameter in sweep.searched}
-    assert set(ranges) == {"lr_min", "lr_max"}
-    for shares in itertools.product((0.0, 0.3, 1 - 1e-12), repeat=2):
+    assert set(ranges) == ({"lr_max"} if config.schedule == "step" else {"lr_min", "lr_max"})
+    assert re.search("doesn't read lr_min|below that range", sweep.text)
+    for shares in itertools.product((0.0, 0.3, 1 - 1e-12), repeat=len(ranges)):
         values = {key: ranges[key].value_at(share) for key, share in zip(ranges, shares, strict=True)}
         flags = {key: str(value) for key, value in arguments(sweep, values).items()}  # as the agent passes them
         trial = to_dict(configured(**flags))
@@ -642,21 +701,46 @@ def test_the_sweep_of_a_range_test_trains_what_was_tested(
             del trial[key], expected[key]
         expected["val_fraction"] = expected["val_fraction"] or 0.1
         assert trial == expected
-        assert values["lr_min"] <= values["lr_max"]
+        assert float(flags["lr_min"]) <= values["lr_max"]
 
 
 def test_the_sweep_of_a_range_test_lies_around_what_was_found(tmp_path: Path) -> None:
-    """A fourth to four times of lr_max; lr_min from a fourth up to where lr_max begins. Bands below the epochs."""
+    """A fourth to four times of lr_max; lr_min from a fourth up to where lr_max begins."""
     sweep = read_sweep(
         write(tmp_path, lr_range_sweep(LR_CONFIGS["recipe"], 0.00854, 0.0854, "recipe resnet9-onecycle"))
     )
     ranges = {parameter.name: parameter.distribution for parameter in sweep.searched}
     assert (ranges["lr_max"].min, ranges["lr_max"].max) == (0.0214, 0.342)
     assert (ranges["lr_min"].min, ranges["lr_min"].max) == (0.00214, 0.0214)
-    assert sweep.hyperband is not None
-    assert (sweep.hyperband.bands, sweep.hyperband.strict) == ((3, 6, 12), True)
     assert "recipe resnet9-onecycle" in sweep.text
     assert sweep.text.startswith("# ")
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 4, 5, 8, 20, 24, 200])
+def test_the_sweep_of_a_range_test_compares_its_trials_once(epochs: int, tmp_path: Path) -> None:
+    """By hand: after three eighths of the epochs, and the next band lies at the end or beyond."""
+    text = lr_range_sweep(configured(epochs=epochs, peak_epoch=0.5), 0.01, 0.1, "x")
+    hyperband = read_sweep(write(tmp_path, text)).hyperband
+    assert hyperband is not None
+    first, second = hyperband.bands[:2]
+    assert abs(first - 3 / 8 * epochs) <= 0.5
+    assert first < epochs <= second
+    assert (hyperband.eta, hyperband.strict) == (4, True)
+    assert f"after epoch {first}, and lets about the best quarter go on" in text
+
+
+@pytest.mark.parametrize("schedule", ["step", "constant"])
+def test_the_sweep_of_a_range_test_searches_no_rate_that_no_trial_reads(schedule: str, tmp_path: Path) -> None:
+    """Then lr_min is one number, below every lr_max."""
+    config = configured(schedule=schedule, lr_steps=[2.0])
+    for lr_min, lr_max in ((0.01, 0.1), (0.05, 0.06), (0.0, 3e-4)):
+        sweep = read_sweep(write(tmp_path, lr_range_sweep(config, lr_min, lr_max, "x")))
+        (searched,) = sweep.searched
+        (low,) = (one.distribution.values[0] for one in sweep.parameters if one.name == "lr_min")
+        assert searched.name == "lr_max"
+        assert searched.distribution.min is not None
+        assert 0 < low < searched.distribution.min
+        assert f"The schedule {schedule} doesn't read lr_min" in sweep.text
 
 
 def test_the_sweep_of_a_range_test_writes_numbers_that_yaml_reads_as_numbers() -> None:

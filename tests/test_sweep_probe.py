@@ -32,6 +32,7 @@ from eva.sweep_probe import (
     describe,
     estimate,
     extremes,
+    free_disk,
     machine_memory,
     measure,
     middle,
@@ -207,7 +208,7 @@ def test_a_trial_costs_its_steps_its_epochs_and_the_rest() -> None:
 def test_a_sweep_costs_its_trials_shared_by_its_workers() -> None:
     """By hand: of 10 trials with 2 to 4 epochs each of 3 workers has 3 and a third, the slowest one 4."""
     slow = replace(MEASURED, step=0.2, memory=3 * GIB, disk=9000)
-    size = estimate([MEASURED, slow], 10, (2, 4), 3, memory_machine=8 * GIB)
+    size = estimate([MEASURED, slow], 10, (2, 4), 3, 2 * GIB, memory_machine=8 * GIB)
     quick_seconds, slow_seconds = (25 + 6 + 7, 45 + 12 + 7), (50 + 6 + 7, 90 + 12 + 7)
     assert (size.epochs_least, size.epochs_most) == (20, 40)
     assert size.seconds_least == pytest.approx(10 / 3 * quick_seconds[0])
@@ -219,7 +220,7 @@ def test_a_sweep_costs_its_trials_shared_by_its_workers() -> None:
 
 def test_more_workers_than_trials_cost_no_memory() -> None:
     """There are never more at work than trials."""
-    size = estimate([MEASURED], 2, (4, 4), 16, memory_machine=8 * GIB)
+    size = estimate([MEASURED], 2, (4, 4), 16, 2 * GIB, memory_machine=8 * GIB)
     assert (size.workers, size.memory_all) == (2, 4 * GIB)
     assert size.seconds_least == size.seconds_most == size.seconds_expected == pytest.approx(64)
 
@@ -227,7 +228,7 @@ def test_more_workers_than_trials_cost_no_memory() -> None:
 def test_workers_share_the_gpus() -> None:
     """Of three workers on two GPUs two are on one."""
     on_gpu = replace(MEASURED, gpu_memory=10 * GIB, gpu_total=16 * GIB, gpus=2)
-    size = estimate([on_gpu], 10, (4, 4), 3, memory_machine=64 * GIB)
+    size = estimate([on_gpu], 10, (4, 4), 3, 2 * GIB, memory_machine=64 * GIB)
     assert (size.gpu_memory, size.gpu_total) == (20 * GIB, 16 * GIB)
 
 
@@ -236,12 +237,29 @@ def test_more_memory_than_there_is_is_a_problem(tmp_path: Path) -> None:
     sweep = made(tmp_path, {"batch_size": {"values": [10, 20]}})
     line = sweep.text.splitlines().index("  batch_size:") + 1
     on_gpu = replace(MEASURED, gpu_memory=10 * GIB, gpu_total=16 * GIB, gpus=1)
-    size = estimate([on_gpu], 10, (4, 4), 2, memory_machine=3 * GIB)
+    size = estimate([on_gpu], 10, (4, 4), 2, 2 * GIB, memory_machine=3 * GIB)
     found = price_problems(sweep, [on_gpu], size)
     assert [problem.line for problem in found] == [line, line]
     assert "2 workers together take 4.0 GiB of memory, but there is 3.0 GiB" in found[0].text
     assert "20.0 GiB of a GPU's memory, but there is 16.0 GiB" in found[1].text
-    assert price_problems(sweep, [on_gpu], estimate([on_gpu], 10, (4, 4), 1, memory_machine=3 * GIB)) == []
+    assert price_problems(sweep, [on_gpu], estimate([on_gpu], 10, (4, 4), 1, 2 * GIB, memory_machine=3 * GIB)) == []
+
+
+def test_more_on_the_disk_than_is_free_is_a_problem(tmp_path: Path) -> None:
+    """Ten runs of 1 GiB where 9 are free; what fits is none."""
+    sweep = made(tmp_path, {})
+    large = replace(MEASURED, disk=GIB)
+    found = price_problems(sweep, [large], estimate([large], 10, (4, 4), 1, 9 * GIB, memory_machine=8 * GIB))
+    assert [problem.line for problem in found] == [sweep.line_of("parameters")]
+    assert "the trials leave 10.0 GiB on the disk, but 9.0 GiB are free" in found[0].text
+    assert price_problems(sweep, [large], estimate([large], 10, (4, 4), 1, 11 * GIB, memory_machine=8 * GIB)) == []
+
+
+def test_what_is_free_is_that_of_the_disk_of_a_folder_to_be(tmp_path: Path) -> None:
+    """As the system tells it of the folder above."""
+    system = os.statvfs(tmp_path)
+    told = free_disk(tmp_path / "not" / "there" / "yet")
+    assert told == pytest.approx(system.f_bavail * system.f_frsize, rel=0.05)
 
 
 def test_a_corner_that_fails_is_told_in_the_terms_of_the_file(tmp_path: Path) -> None:
@@ -252,15 +270,43 @@ def test_a_corner_that_fails_is_told_in_the_terms_of_the_file(tmp_path: Path) ->
     assert [(problem.line, problem.text) for problem in found] == [(line, "batch_size=20: out of memory")]
 
 
+def test_equal_failures_are_told_once(tmp_path: Path) -> None:
+    """At the line of what they are about, with the parameters that all of them share, if others could be begun."""
+    parameters = {"norm": {"values": ["batch", "layer"]}, "data": {"values": ["digits", "cifar10"]}}
+    sweep = made(tmp_path, {**parameters, "batch_size": {"values": [10, 64]}})
+    lines = sweep.text.splitlines()
+    data, norm, batch_size = (lines.index(f"  {name}:") + 1 for name in ("data", "norm", "batch_size"))
+    fetch, least = "could not fetch X; without a network use --data=digits", "batch_size must be at most 5"
+
+    def told(*failing: tuple[str, str, int, str], others: int) -> list[tuple[int, str]]:
+        failed = [Failure({"norm": n, "data": d, "batch_size": b}, reason) for n, d, b, reason in failing]
+        return [(one.line, one.text) for one in price_problems(sweep, [*failed, *[MEASURED] * others], None)]
+
+    both = (("batch", "cifar10", 64, fetch), ("layer", "cifar10", 64, fetch))
+    assert told(*both, others=0) == [(data, f"every trial: {fetch}")]
+    assert told(*both, others=1) == [(data, f"data=cifar10, batch_size=64: {fetch}")]
+    assert told(*both, ("batch", "digits", 10, least), others=0) == [
+        (data, f"data=cifar10, batch_size=64: {fetch}"),
+        (batch_size, f"norm=batch, data=digits, batch_size=10: {least}"),
+    ]
+    crash = "crashed: RuntimeError: no"
+    assert told(("layer", "digits", 10, crash), ("layer", "cifar10", 64, crash), others=2) == [
+        (norm, f"norm=layer: {crash}")
+    ]
+    assert told(*((*one[:3], crash) for one in both), others=0) == [
+        (sweep.line_of("parameters"), f"every trial: {crash}")
+    ]
+
+
 def test_the_size_is_told_in_lines(tmp_path: Path) -> None:
     """Trials, epochs, time with its ends, disk, memory, and what was measured."""
     sweep = made(tmp_path, {"batch_size": {"values": [10, 64]}})
     measured = [MEASURED, replace(MEASURED, values={"batch_size": 10}, step=0.2)]
-    size = estimate(measured, 10, (4, 4), 2, memory_machine=8 * GIB)
+    size = estimate(measured, 10, (4, 4), 2, 2 * GIB, memory_machine=8 * GIB)
     assert describe(sweep, size, measured) == [
         "size: 10 trials, 40 epochs in all",
         "time: about 7 min 12 s with 2 workers (5 min 20 s to 9 min 05 s)",
-        "disk: 0.0 MiB at most",
+        "disk: 0.0 MiB at most, of 2.0 GiB that are free",
         "memory: 2.0 GiB a trial, 4.0 GiB for 2 workers, of 8.0 GiB",
         "measured: batch_size=64: 100 ms a step, 100 steps an epoch, 3.0 s at its end, 7.0 s beside; 2.0 GiB of memory",
         "measured: batch_size=10: 200 ms a step, 100 steps an epoch, 3.0 s at its end, 7.0 s beside; 2.0 GiB of memory",
@@ -381,7 +427,7 @@ def test_a_check_tells_the_size_and_what_fails(tmp_path: Path, monkeypatch: pyte
     assert lines[0] == "size: 3 trials, 6 epochs in all"
     (tmp_path / "images").mkdir()
     sweep = made(tmp_path, {"data": {"value": "folder:images"}, "seed": {"values": [1, 2]}})
-    line = sweep.line_of("parameters")
+    line = sweep.line_of("parameters", "data")
     with pytest.raises(UserError, match=rf"sweep.yaml:{line}: a trial: .*images"):
         check(sweep, None, 1)
 

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import pytest
 from made_sweeps import ARGUMENTS, begin, begun, facts, wait_until
 
 from eva import sweep_worker
-from eva.config import UserError
+from eva.config import EXIT_INTERRUPTED
 from eva.search import Search
 from eva.sweep_folder import SweepFolder
 from eva.sweep_worker import (
     EXIT_CRASHED,
-    EXIT_INTERRUPTED,
     beating,
     claim,
     ended_status,
@@ -32,7 +30,6 @@ from eva.sweep_worker import (
     run_apart,
     run_here,
     run_trial,
-    warm_arguments,
 )
 
 
@@ -201,32 +198,27 @@ def test_a_run_is_through_if_its_summary_says_so(tmp_path: Path, text: str | Non
 
 
 def test_the_objective_is_the_last_finite_value(tmp_path: Path) -> None:
-    """As W&B's search takes it; val/accuracy_best where the sweep has no metric."""
-    folder, _ = begin(tmp_path, "finish")
-    sweep = folder.sweep
-    assert objective(tmp_path, sweep) is None
+    """As W&B's search takes it."""
+    assert objective(tmp_path, "loss") is None
     (tmp_path / "epochs.csv").write_text("epoch,loss,val/accuracy_best\n1,0.5,0.1\n2,0.25,0.2\n3,inf,0.3\n4,nan,0.4\n")
-    assert objective(tmp_path, sweep) == 0.25
-    assert objective(tmp_path, replace(sweep, metric=None)) == 0.4
-    assert objective(tmp_path, replace(sweep, metric="other")) is None
+    assert objective(tmp_path, "loss") == 0.25
+    assert objective(tmp_path, "val/accuracy_best") == 0.4
+    assert objective(tmp_path, "other") is None
+
+
+def test_an_attempt_that_died_counts_its_seconds(tmp_path: Path) -> None:
+    """From its beginning to its last sign of life, not to when its death was found out; once for each attempt."""
+    folder, search = begin(tmp_path, "finish")
+    for attempt in (1, 2):
+        assert search.claim(0, folder.place)
+        folder.log(0).touch()
+        os.utime(folder.log(0), (0, time.time() + 50))
+        assert revive(folder, search, 0, True, "by itself") == (attempt == 1)
+        [trial] = search.records()
+        assert trial.seconds == pytest.approx(50 * attempt, abs=5)
 
 
 # The command
-
-
-@pytest.mark.parametrize("before", [[], ["python"], ["python3"], ["/usr/bin/env", "python"], [sys.executable]])
-def test_what_only_starts_python_is_left_out(before: list[str]) -> None:
-    """The program and all after it stay as they are, another mention of the program too."""
-    assert warm_arguments([*before, "train.py", "--a=1", "train.py"], "train.py") == ["train.py", "--a=1", "train.py"]
-
-
-@pytest.mark.parametrize(
-    "command", [["nice", "python", "train.py"], ["python", "-O", "train.py"], ["python", "other.py"], ["train.sh"]]
-)
-def test_a_command_that_does_more_needs_a_process_of_its_own(command: list[str]) -> None:
-    """It is refused rather than run as something else."""
-    with pytest.raises(UserError, match=r"does more than to run 'train.py' with Python: --isolate"):
-        warm_arguments(command, "train.py")
 
 
 def test_with_isolation_any_command_runs(tmp_path: Path) -> None:

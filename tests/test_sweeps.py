@@ -125,6 +125,8 @@ def test_its_comment_tells_question_size_time_and_launch(path: Path) -> None:
     size = re.search(r"(\d+) trials.*? of (\d+) epochs", comment)
     assert size is not None
     assert (int(size[1]), int(size[2])) == (count, epochs)
+    spared = re.findall(r"some \S+(?: thirds)? of (\d+) epochs are run", comment.replace("\n#  ", ""))
+    assert list(map(int, spared)) == ([int(size[1]) * int(size[2])] if sweep.hyperband else [])
     if limit := configs(sweep)[0].train_limit:
         assert f"on {limit:,} images" in comment
 
