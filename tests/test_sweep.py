@@ -206,9 +206,7 @@ def test_a_full_disk_ends_a_sweep_in_one_line(tmp_path: Path, capfd: pytest.Capt
 def test_a_command_that_needs_a_process_of_its_own_is_told(tmp_path: Path) -> None:
     """And is no failure of the trial."""
     folder, search = begin(tmp_path, "finish", command=("nice", *ARGUMENTS[1:]))
-    with pytest.raises(
-        UserError, match=r"^command has .nice. before the program, .*--isolate gives"
-    ):
+    with pytest.raises(UserError, match=r"^command has .nice. before the program, .*--isolate gives"):
         Conductor(folder, search, workers=1).run()
     assert states(search) == ["waiting"]
     search.claim(0, "here")
