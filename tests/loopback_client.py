@@ -16,7 +16,7 @@ from conftest import BIN
 from loopback import LoopbackServer
 from loopback_records import Run, Sweep
 
-TIMEOUT = 600.0  # a busy machine takes minutes to start a handful of processes
+TIMEOUT = 1200.0  # a busy machine takes minutes to start a handful of processes
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Search:
         values: dict[str, Any] = json.loads((self.folder / "runs" / run_id / "summary.json").read_text())
         return values
 
-    def code(self, run_id: str) -> str:
-        """Returns the exit code of a trial's process."""
-        return (self.folder / f"code-{run_id}").read_text()
+    def note(self, what: str, run_id: str) -> int:
+        """Returns a number that a trial's own file holds: what starts the trials wrote it down."""
+        return int((self.folder / f"{what}-{run_id}").read_text())
 
     def start(self, *command: str, **variables: str) -> Started:
         """Starts a command there."""
@@ -118,15 +118,22 @@ def until(holds: Callable[[], bool]) -> None:
 def begin_search(
     server: LoopbackServer, folder: Path, environment: Mapping[str, str], plan: list[Any] | None = None, **config: Any
 ) -> Search:
-    """Makes a sweep by `wandb sweep`; what it is to try can be said where that is no grid."""
+    """Makes a sweep of a configuration; what it is to try can be said where that is no grid."""
     (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
+    search = begin_search_of(server, folder, environment, "sweep.yaml")
+    if plan is not None:
+        search.sweep.plan = plan
+    return search
+
+
+def begin_search_of(server: LoopbackServer, folder: Path, environment: Mapping[str, str], file: str) -> Search:
+    """Makes a sweep by `wandb sweep FILE`, called in the folder."""
     path = f"{BIN}{os.pathsep}{environment['PATH']}"  # trials are started as `python`
     environment = {**environment, **server.environment(), "HOME": str(folder), "PATH": path}
+    # An agent would kill a trial that takes half a minute to stop.
+    environment |= {"WANDB_AGENT_KILL_DELAY": str(int(TIMEOUT))}
     known = set(server.sweeps)
-    command = [str(BIN / "wandb"), "sweep", "sweep.yaml"]
+    command = [str(BIN / "wandb"), "sweep", file]
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
     [key] = server.sweeps.keys() - known
-    sweep = server.sweeps[key]
-    if plan is not None:
-        sweep.plan = plan
-    return Search(server, sweep, folder, environment)
+    return Search(server, server.sweeps[key], folder, environment)

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FAKE_KEY, SMALL_RUN, flags
+from conftest import BIN, FAKE_KEY, SMALL_RUN, flags
 from loopback import LoopbackServer, Refusal
 from loopback_records import ENTITY, Json, Run, Sweep
 
@@ -30,8 +31,9 @@ from eva.sweep_file import read_sweep
 from eva.sweep_publish import publish
 
 PROJECT = "published sweeps"
+TRAIN = Path(__file__).parents[1] / "runners" / "train.py"
 SEEDS = range(5)
-SWEEP = {
+SWEEP: dict[str, Any] = {
     **{"program": "train.py", "method": "grid", "metric": {"name": "val/accuracy_best", "goal": "maximize"}},
     "parameters": {**{name: {"value": value} for name, value in SMALL_RUN.items()}, "seed": {"values": [*SEEDS]}},
 }
@@ -278,6 +280,57 @@ except test.UserError as error:
     [line] = done.stdout.splitlines()
     assert line.startswith("cannot reach W&B: ") and reason in line
     assert line.endswith("nothing is lost, publish again later")
+
+
+# From the first trial to the last one, by the command line
+
+
+def test_agents_go_on_with_a_published_sweep(
+    loopback: LoopbackServer, clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Two of three seeds are tried with nothing but a disk; an agent is given the third one alone."""
+    parameters = {**SWEEP["parameters"], "seed": {"values": [0, 1, 2]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, "program": str(TRAIN), "parameters": parameters}))
+    project = f"{ENTITY}/begun offline"
+    alone = {**clean_environment, "HOME": str(tmp_path)}
+
+    def eva(*arguments: str, **variables: str) -> str:
+        command, environment = [str(BIN / "eva"), *arguments], {**alone, **variables}
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    asked = len(loopback.asked)
+    eva("sweep", "sweep.yaml", "--skip_check", "--count=2", f"--project={project}", "--out=folder")
+    assert len(loopback.asked) == asked
+    tried = {yaml.safe_load(path.read_text())["seed"] for path in tmp_path.glob("folder/*/*/config.yaml")}
+    assert len(tried) == 2
+
+    told = eva("sweep", "--publish=folder", f"--project={project}", **loopback.environment()).splitlines()
+    assert f"runs: 2 in W&B project {project}, 2 of them sent now" in told
+    *_, path = shlex.split(told[-1])
+    sweep = loopback.sweeps[ENTITY, "begun offline", path.rpartition("/")[2]]
+    assert [{values["seed"]} for values in sweep.plan] == [{0, 1, 2} - tried]
+
+    said = eva("agent", path, "--gpus=0", "--count=2", **loopback.environment())
+    [trial] = sweep.trials
+    assert f"gpu 0: run folder: runs/{trial.run_id}" in said and not sweep.plan
+    runs = [run for run in loopback.runs.values() if run.sweep == sweep.id]
+    assert sorted(run.config["seed"] for run in runs) == [0, 1, 2]
+    for run in runs:
+        assert (run.project, run.state, run.exit_code, run.job_type) == ("begun offline", "finished", 0, "train")
+        assert sum("val/accuracy_best" in row for row in run.history) == SMALL_RUN["epochs"]
+        artifact = loopback.artifact(f"{project}/model-{run.id}:best")
+        assert artifact.aliases == {"best", "latest"} and artifact.logged_by is run
+    assert loopback.unknown == []
 
 
 # Before W&B is asked
