@@ -67,9 +67,14 @@ def format_difference(metric: str | None, value: float | None) -> str:
 
 
 def format_interval(metric: str | None, low: float | None, high: float | None, *, difference: bool = False) -> str:
-    """Returns an interval of a metric, or of a difference of two, for a reader; a dash for none."""
+    """Returns an interval of a metric, or of a difference of two, for a reader; a dash for none.
+
+    That of a share ends at 0 and 100 %, where the share does.
+    """
     if low is None or high is None:
         return "-"
+    if is_share(metric) and not difference:
+        low, high = max(low, 0.0), min(high, 1.0)
     form = format_difference if difference else format_metric
     first, last = form(metric, low), form(metric, high)
     return f"{first.removesuffix(' %').removesuffix(' pp')} to {last}"

@@ -79,6 +79,12 @@ def test_differences_have_a_sign_and_intervals_one_unit() -> None:
     assert format_interval("loss", None, None) == "-"
 
 
+def test_an_interval_of_a_share_ends_where_shares_do() -> None:
+    """A t interval of two seeds knows nothing of 100 %; a loss has no such end."""
+    assert format_interval("val/accuracy_best", -0.02, 1.034) == "0.00 to 100.00 %"
+    assert format_interval("loss", -0.5, 1.5) == "-0.5 to 1.5"
+
+
 @pytest.mark.parametrize(
     ("p", "text"), [(None, "-"), (1.0, "1.000"), (0.0005, "0.001"), (0.000499, "< 0.001"), (0.0, "< 0.001")]
 )
