@@ -268,16 +268,34 @@ def resolve(layers: Iterable[Layer]) -> tuple[RunConfig, dict[str, str]]:
     Raises:
         UserError: All problems at once, a line each: unknown settings, wrong types, impossible values.
     """
-    values, sources, problems = merge(layers)
-    wrong = _ill_typed(values)
-    for name in sorted(wrong):
-        problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
+    config, sources, wrong, problems = _typed(layers)
     # Impossible values are looked for among the well-typed ones, so that all problems are told at once.
-    config: RunConfig = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
     problems.extend(value_problems(config, wrong))
     if problems:
         raise UserError("\n".join(problems))
     return config, sources
+
+
+def typed(layer: Layer) -> RunConfig:
+    """Returns settings with their types, on top of the defaults, whether or not they make sense with these.
+
+    Raises:
+        UserError: All problems at once, a line each: unknown settings, wrong types.
+    """
+    config, _, _, problems = _typed([layer])
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _typed(layers: Iterable[Layer]) -> tuple[RunConfig, dict[str, str], set[str], list[str]]:
+    """Returns the configuration of what is well-typed, the sources, the names of what is not, and what to say of it."""
+    values, sources, problems = merge(layers)
+    wrong = _ill_typed(values)
+    for name in sorted(wrong):
+        problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
+    config: RunConfig = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
+    return config, sources, wrong, problems
 
 
 def _ill_typed(values: Mapping[str, Any]) -> set[str]:

@@ -354,7 +354,7 @@ class Search:
     @patient
     def waiting(self) -> list[int]:
         """Returns the numbers of the trials that wait, in order."""
-        return [trial.number for trial in self._trials((TrialState.WAITING,))]
+        return [trial.number for trial in self._current() if trial.state == TrialState.WAITING]
 
     @patient
     def claim(self, number: int, place: str) -> Claimed | None:
@@ -421,7 +421,7 @@ class Search:
             self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
         if self.sweep.hyperband is None or "repeat_of" in trial.user_attrs:
             return False
-        curves = {one.number: one.intermediate_values for one in self._trials() if "repeat_of" not in one.user_attrs}
+        curves = {one.number: one.intermediate_values for one in self._current() if "repeat_of" not in one.user_attrs}
         own = [value for step, value in sorted(curves.pop(number).items()) if step <= epoch]
         others = [[value for _, value in sorted(curve.items())] for curve in curves.values()]
         return self.sweep.hyperband.stops(own, others, self.sweep.goal)
@@ -501,15 +501,32 @@ class Search:
         return self._storage.get_all_trials(self._study_id, deepcopy=False, states=states)
 
     def _current(self) -> list[FrozenTrial]:
+        """Returns the trials that count, by number: none that failed and is tried again, and none that is there twice.
+
+        Two machines may add the same retry or the same repeat at once, as no lock is theirs in common.
+        """
         trials = self._trials()
         replaced = {trial.user_attrs.get("retry_of") for trial in trials}
-        return [trial for trial in trials if trial.number not in replaced]
+        first: dict[tuple[Any, ...], int] = {}
+        for trial in trials:
+            first.setdefault(_purpose(trial), trial.number)
+        return [trial for trial in trials if first[_purpose(trial)] == trial.number and trial.number not in replaced]
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._id(number))
 
     def _id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+
+def _purpose(trial: FrozenTrial) -> tuple[Any, ...]:
+    """Returns what a trial is there for; of two with the same purpose one is enough."""
+    facts = trial.user_attrs
+    if "retry_of" in facts:
+        return "retry", facts["retry_of"]
+    if "repeat_of" in facts:
+        return "repeat", facts["repeat_of"], facts["seed"]
+    return "search", trial.number
 
 
 def _suggested(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:

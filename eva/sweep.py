@@ -1,6 +1,7 @@
 """An offline sweep from its YAML to its ranking: workers are started, watched and replaced; what came out is told."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from eva import ranking
-from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, Layer, RunConfig, UserError, resolve, to_dict
+from eva.comparison import SEED
+from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, Layer, RunConfig, UserError, to_dict, typed
 from eva.files import write_json
 from eva.ranking import RESULTS
 from eva.recipes import configure
@@ -64,6 +66,7 @@ class Conductor:
     gpus: Sequence[str] = ()
     stopping: bool = False
     target_reached: bool = False
+    _wish: tuple[int, int] = (-1, -1)  # a pipe: that its writing end is closed, or gone with this process, means stop
     shown: set[int] = field(default_factory=set)
     earlier: set[int] = field(default_factory=set)
     _alive: list[Worker] = field(default_factory=list)
@@ -79,12 +82,14 @@ class Conductor:
         recover(self.folder, self.search, count_deaths=False)
         self.earlier = {trial.number for trial in self.search.records() if ended(trial)}
         self.shown = set(self.earlier)
+        self._wish = os.pipe()
         try:
             with self._signals():
                 while self._step():
                     time.sleep(POLL_SECONDS)
         finally:
             self._end_workers()
+            os.close(self._wish[0])
         return all(ended(trial) for trial in self.search.records())
 
     def _step(self) -> bool:
@@ -99,7 +104,8 @@ class Conductor:
             self._end_workers()
         if self.stopping or not left:
             return bool(self._alive)
-        check_failures([trial for trial in trials if trial.number not in self.earlier])
+        now = [trial for trial in trials if trial.number not in self.earlier]
+        check_failures(now, count_configurations(self.search.sweep))
         self._watch_others()
         slots = {worker.slot for worker in self._alive}
         for slot in range(min(self.workers, len(left))):
@@ -128,8 +134,9 @@ class Conductor:
         log = self.folder.path / f"worker-{slot}.log"
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "eva.sweep_worker", str(self.folder.path), str(os.getpid())],
+                [sys.executable, "-m", "eva.sweep_worker", str(self.folder.path), str(os.getpid()), str(self._wish[0])],
                 env=environment,
+                pass_fds=[self._wish[0]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -185,6 +192,7 @@ class Conductor:
     def _show(self, trials: Sequence[ranking.TrialRecord]) -> None:
         """Prints a line for each trial that ended since the last time."""
         goal, metric = self.search.sweep.goal, self.search.metric
+        total = 1 + max(trial.number for trial in trials)  # of those that were tried again the first time counts too
         for trial in trials:
             if not ended(trial) or trial.number in self.shown:
                 continue
@@ -192,7 +200,7 @@ class Conductor:
             self._false_starts = 0
             seen = [one for one in trials if one.number in self.shown]
             left = ranking.time_left(seen, len(trials), self.workers)
-            print(ranking.line(trial, len(trials), ranking.best_trial(seen, goal), left, metric), flush=True)
+            print(ranking.line(trial, total, ranking.best_trial(seen, goal), left, metric), flush=True)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -200,6 +208,7 @@ class Conductor:
 
         def stop(number: int, frame: object) -> None:
             again, self.stopping = self.stopping, True
+            self._tell_stop()
             for worker in self._alive:
                 # To the worker alone, which passes it on: processes that load data must live until the trial is saved.
                 if not again:
@@ -217,8 +226,16 @@ class Conductor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def _tell_stop(self) -> None:
+        """Lets no worker begin another trial, also one whose trial was through before it heard of SIGTERM."""
+        reading, writing = self._wish
+        if writing != -1:
+            self._wish = reading, -1
+            os.close(writing)
+
     def _end_workers(self) -> None:
         """Leaves no worker behind, whatever happened."""
+        self._tell_stop()
         for worker in self._alive:
             worker.process.terminate()
         for worker in self._alive:
@@ -262,11 +279,20 @@ def recover(folder: SweepFolder, search: Search, count_deaths: bool, how: str = 
     return revived
 
 
-def check_failures(trials: Sequence[ranking.TrialRecord]) -> None:
+def count_configurations(sweep: Sweep) -> float:
+    """Returns how many configurations a sweep can have, seeds aside; infinity if it has no grid of them."""
+    others = [parameter.distribution for parameter in sweep.searched if parameter.name != SEED]
+    if others and sweep.method != "grid":
+        return math.inf
+    return math.prod(len(distribution.grid_values or ()) for distribution in others)
+
+
+def check_failures(trials: Sequence[ranking.TrialRecord], configurations: float) -> None:
     """Checks that not every trial fails. Those that differ by their seed alone may.
 
     Args:
         trials: All that ended, run or wait since the sweep was begun or gone on with.
+        configurations: How many the sweep can have, seeds aside.
 
     Raises:
         UserError: They do.
@@ -274,8 +300,7 @@ def check_failures(trials: Sequence[ranking.TrialRecord]) -> None:
     through = [trial for trial in trials if ended(trial)]
     if len(through) < MOST_FAILURES or any(trial.state != "failed" for trial in through):
         return
-    failed, all_of_them = (len({ranking.configuration_key(trial) for trial in each}) for each in (through, trials))
-    if failed >= min(FAILING_CONFIGURATIONS, all_of_them):
+    if len({ranking.configuration_key(trial) for trial in through}) >= min(FAILING_CONFIGURATIONS, configurations):
         raise UserError(f"all of {len(through)} trials failed, the last one: {through[-1].reason}")
 
 
@@ -313,17 +338,17 @@ def with_settings(sweep: Sweep, settings: Mapping[str, str], project: str | None
         project: [ENTITY/]PROJECT of W&B that the runs belong to; None for the file's.
 
     Raises:
-        UserError: A setting is unknown or its value impossible.
+        UserError: A setting is unknown or has the wrong type.
     """
     if not settings and project is None:
         return sweep
-    config, _ = resolve([Layer("command line", settings)])
+    config = typed(Layer("command line", settings))  # what fits together is for the check, which knows the file's
     values = yaml.safe_load(sweep.text)
     parameters = dict(values.get("parameters", {}))
-    typed = to_dict(config)
+    plain = to_dict(config)
     for name in settings:
         field, _, inner = name.partition(".")
-        value = typed[field][inner] if inner else typed[field]
+        value = plain[field][inner] if inner else plain[field]
         parameters[name] = {"value": value}
         if inner and isinstance(parameters.get(field), dict) and "parameters" in parameters[field]:
             del parameters[name]

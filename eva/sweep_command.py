@@ -98,6 +98,11 @@ def checked_flags(arguments: argparse.Namespace, settings: Mapping[str, str]) ->
         problems += [
             f"command line: {unknown_setting(name)}" for name in settings if name.partition(".")[0] not in FIELDS
         ]
+    words = [word for setting in settings.items() for word in setting]
+    left_over = [word for word in words if word.endswith((".yaml", ".yml"))]
+    if left_over and arguments.file is not None and not Path(arguments.file).exists():
+        taken = f"{arguments.file!r} was taken for FILE.yaml, not {left_over[0]!r}"
+        problems.append(f"settings are written --NAME=VALUE: {taken}")
     if arguments.retry_failed and arguments.resume is None:
         problems.append("--retry_failed goes with --resume=FOLDER")
     if arguments.check and arguments.skip_check:
@@ -115,7 +120,7 @@ def checked_flags(arguments: argparse.Namespace, settings: Mapping[str, str]) ->
 
     numbers = Numbers(
         count=None if arguments.count is None else number("count", 1),
-        workers=max(number("workers", 1), len(arguments.gpus.split(",")) if arguments.gpus else 0),
+        workers=number("workers", len(arguments.gpus.split(",")) if arguments.gpus else 1),
         seed=number("seed", 0, least=0),
         retries=number("retries", RETRIES, least=0),
         repeat_best=number("repeat_best", 0),

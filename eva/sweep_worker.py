@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -33,15 +34,16 @@ WAIT_SECONDS = 0.5
 BEAT_SECONDS = 20.0
 
 
-def main(path: str, parent: int) -> int:
+def main(path: str, parent: int, wish: int) -> int:
     """Runs trials of the sweep in a folder until none is left, which `eva sweep` starts in processes of its own.
 
     Args:
         path: The folder.
         parent: Process id of `eva sweep`.
+        wish: File number of a pipe whose other end `eva sweep` closes when no more trials are to be begun.
 
     Returns:
-        0, or 130 if the trial was interrupted and waits again, or 3 if it crashed.
+        0, or 130 if it was asked to stop, with its trial through or waiting again, or 3 if that crashed.
 
     Raises:
         UserError: The storage can't be opened or reached, or the sweep's command needs a process for each trial.
@@ -54,7 +56,7 @@ def main(path: str, parent: int) -> int:
 
         gc.freeze()  # what is loaded by now stays: looking for garbage after each trial need not look there
     with reaching(folder.storage):
-        while True:
+        while not select.select([wish], [], [], 0)[0]:
             with claim(folder, search) as (claimed, lock):
                 if claimed is not None:
                     code = run_trial(folder, search, claimed, lock)
@@ -64,6 +66,7 @@ def main(path: str, parent: int) -> int:
             if not search.waiting() and not search.running():
                 return 0
             time.sleep(WAIT_SECONDS)  # others may die, and their trials wait again
+    return EXIT_INTERRUPTED
 
 
 @contextlib.contextmanager
@@ -291,7 +294,7 @@ def beating(search: Search, number: int, needed: bool) -> Iterator[None]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1], int(sys.argv[2])))
+        sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
     except UserError as error:
         try:
             print(error, file=sys.stderr, flush=True)

@@ -89,6 +89,13 @@ elif do == "wait":
         time.sleep(0.02)
     signal.signal(signal.SIGTERM, previous)
     leave("finished", 0.5)
+elif do == "polite":
+    def finish(number, frame):
+        leave("finished", 0.5)
+        sys.exit(130)
+    signal.signal(signal.SIGTERM, finish)
+    (trial.folder / "waits").touch()
+    time.sleep(60)
 elif do == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (trial.folder / "waits").touch()

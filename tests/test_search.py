@@ -19,6 +19,7 @@ import optuna
 import pytest
 import scipy.stats
 import yaml
+from made_sweeps import begin
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import InMemoryStorage
 from sweeps.hyperband_stopping import hyperband_stop_runs
@@ -745,3 +746,21 @@ def test_optuna_is_imported_by_the_search_alone() -> None:
     imports += [path.name for path in package.glob("*.py") if "from optuna" in path.read_text()]
     assert set(imports) == {"search.py"}
     assert optuna.__version__.startswith("5.")
+
+
+def test_what_two_machines_add_at_once_is_there_once(tmp_path: Path) -> None:
+    """A retry of the same trial, and a repeat with the same seed: the first one counts, and the other is never run."""
+    folder, search = begin(tmp_path, "finish", "wait")
+    other = folder.open_search()
+    for number in (0, 1):
+        search.claim(number, "here")
+        search.finish(number, "failed", None, 1.0)
+    for one in (search, other):  # as if neither had seen what the other adds
+        for number in (0, 1):
+            params = one._trials()[number].params
+            one._study().enqueue_trial(params, user_attrs={"run_id": "again", "retry_of": number})
+    assert search.waiting() == [2, 3] == [trial.number for trial in other.records()]
+    assert search.retry() == 0
+    for one in (search, other):
+        one.repeat(2, 7)
+    assert search.waiting() == [2, 3, 6]

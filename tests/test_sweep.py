@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -27,7 +28,7 @@ from eva import cli, sweep
 from eva.config import UserError
 from eva.ranking import TrialRecord
 from eva.search import Search, open_storage
-from eva.sweep import Conductor, check_failures
+from eva.sweep import Conductor, check_failures, count_configurations
 from eva.sweep_folder import STORAGE_VARIABLE, SweepFolder, open_sweep_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -127,6 +128,23 @@ def test_a_sweep_that_has_a_result_survives_its_failures(tmp_path: Path) -> None
     assert states(search) == ["finished", *["failed"] * 6, "finished"]
 
 
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_trial_is_begun_after_one_that_ends_while_the_sweep_is_stopped(
+    tmp_path: Path, clean_environment: dict[str, str], isolate: bool, number: signal.Signals
+) -> None:
+    """It is through all the same, so that nothing of it tells that somebody wished to stop."""
+    folder, search = begin(tmp_path, "polite", "finish", isolate=isolate)
+    conductor = start_conductor(folder, 1, clean_environment)
+    wait_until((folder.run_folder(0) / "waits").exists)
+    conductor.send_signal(number)
+    conductor.communicate(timeout=120)
+    assert conductor.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    wait_until(lambda: not workers_of(folder.path))
+    assert states(search) == ["finished", "waiting"]
+    assert begun(folder) == [0]
+
+
 def failures(*values: dict[str, Any]) -> list[TrialRecord]:
     """Returns trials with these values that failed."""
     return [
@@ -138,16 +156,27 @@ def test_seeds_of_one_or_two_configurations_may_all_fail() -> None:
     """One corner that is too large is no reason to end a sweep; three are, and so is the only one that there is."""
     seeds = [{"batch_size": 4096, "seed": seed} for seed in range(7)]
     waiting = replace(failures({})[0], number=99, state="waiting")
-    other = [replace(waiting, number=100 + number, values={"batch_size": number}) for number in range(2)]
-    check_failures([*failures(*seeds), waiting, *other])
-    check_failures([*failures(*seeds, {"batch_size": 2048, "seed": 0}), waiting, *other])
-    check_failures(failures(*seeds)[:4])
-    for given in (
-        [*failures(*seeds, {"batch_size": 2048}, {"batch_size": 1024}), waiting, *other],
-        failures(*seeds)[:5],
+    two = failures(*seeds, {"batch_size": 2048, "seed": 0})
+    check_failures([*failures(*seeds), waiting], math.inf)
+    check_failures([*failures(*seeds), waiting], 2)
+    check_failures([*two, waiting], math.inf)
+    check_failures(failures(*seeds)[:4], 1)
+    for given, configurations in (
+        (failures(*seeds, {"batch_size": 2048}, {"batch_size": 1024}), math.inf),
+        ([*two, waiting], 2),
+        ([*failures(*seeds)[:5], waiting], 1),
     ):
         with pytest.raises(UserError, match=r"^all of \d trials failed, the last one: no luck$"):
-            check_failures(given)
+            check_failures(given, configurations)
+
+
+def test_configurations_are_counted_without_their_seeds(tmp_path: Path) -> None:
+    """Of a grid they are the product; a range has no end of them; seeds alone are one."""
+    folder, _ = begin(tmp_path, "finish", "wait", seed={"values": [0, 1, 2]}, other={"values": [1, 2, 3]})
+    assert count_configurations(folder.sweep) == 6
+    assert count_configurations(replace(folder.sweep, method="random")) == math.inf
+    folder, _ = begin(tmp_path, "finish", seed={"values": [0, 1, 2]}, out="seeds")
+    assert count_configurations(folder.sweep) == 1
 
 
 def test_what_failed_is_run_once_more_when_the_cause_is_mended(

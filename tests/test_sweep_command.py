@@ -8,7 +8,9 @@ import yaml
 from conftest import SMALL_RUN
 
 from eva.cli import main
+from eva.config import UserError
 from eva.sweep import with_settings
+from eva.sweep_check import check
 from eva.sweep_file import read_sweep
 
 RUNNER = Path(__file__).parents[1] / "runners" / "train.py"
@@ -58,6 +60,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (
             ["--publish=b", "--count=3"],
             ["--publish takes --project, but got --count: that is for a sweep that begins"],
+        ),
+        (
+            ["--data", "digits", "a.yaml"],
+            ["settings are written --NAME=VALUE: 'digits' was taken for FILE.yaml, not 'a.yaml'"],
         ),
         (["a.yaml", "--retry_failed"], ["--retry_failed goes with --resume=FOLDER"]),
         (["a.yaml", "--check", "--skip_check"], ["--check and --skip_check exclude each other"]),
@@ -122,3 +128,14 @@ def test_the_project_of_the_command_line_is_that_of_the_runs(
     assert {"entity": changed.entity, "project": changed.project} == names
     assert yaml.safe_load(changed.text) == {**yaml.safe_load(sweep.text), **names}
     assert with_settings(sweep, {}) is sweep
+
+
+def test_settings_of_the_command_line_are_judged_with_those_of_the_file(tmp_path: Path) -> None:
+    """Two epochs are too few for the default peak, but not for the file's."""
+    parameters = {"peak_epoch": {"value": 1}, "epochs": {"value": 8}, "seed": {"values": [0, 1]}}
+    changed = with_settings(read_sweep(written(tmp_path, parameters=parameters)), {"epochs": "2"})
+    assert yaml.safe_load(changed.text)["parameters"] == {**parameters, "epochs": {"value": 2}}
+    assert check(changed, None, 1, measure=False) == ["size: 2 trials, 4 epochs in all"]
+    changed = with_settings(read_sweep(written(tmp_path, parameters=parameters)), {"peak_epoch": "9"})
+    with pytest.raises(UserError, match=r"peak_epoch must lie between 0 and epochs.*epochs=8"):
+        check(changed, None, 1, measure=False)

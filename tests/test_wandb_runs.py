@@ -544,7 +544,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path, clean_environmen
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     line = Done(done.returncode, done.stdout, done.stderr).error
     assert (done.returncode, done.stdout) == (2, "")
