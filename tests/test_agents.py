@@ -26,7 +26,11 @@ def note(what, text):
     (folder / "written").with_suffix("." + run_id).write_text(text)
     (folder / "written").with_suffix("." + run_id).rename(folder / f"{run_id}.{what}")
 signals = []
-signal.signal(signal.SIGTERM, lambda *_: signals.append(0) or note(f"signal{len(signals)}", ""))
+def hear(*_):  # a signal may come while the one before it is being noted
+    signals.append(0)
+    for number in range(len(signals)):
+        (folder / f"{run_id}.signal{number + 1}").touch()
+signal.signal(signal.SIGTERM, hear)
 note("gpu", os.environ["CUDA_VISIBLE_DEVICES"])
 note("python", sys.prefix)
 together, enough = (int(argument.partition("=")[2]) for argument in sys.argv[1:])
