@@ -1,8 +1,9 @@
 # make test: everything that must hold. make demo: the main job on an embedded data set, without account or network.
+# make audit: licences and known vulnerabilities of what is installed; needs a network.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test demo clean
+.PHONY: install test demo audit clean
 
 install: .venv/installed
 
@@ -22,6 +23,9 @@ test: install
 # Four short trials, two of each norm, their ranking, and the page that compares them.
 demo: install
 	$(BIN)/eva sweep sweeps/smoke.yaml --out=sweeps-out/demo-$(shell date +%Y%m%d-%H%M%S)
+
+audit: install
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from typing import Any
 from eva.config import Layer, RunConfig, UserError, read_yaml, resolve
 from eva.experiment import train
 from eva.recipes import RECIPES, recipe_layer
-from eva.run_folder import read_summary
+from eva.run_folder import read_summary, saved_states
 
 
 def configure(name: str, seed: int, folder: Path, arguments: argparse.Namespace) -> RunConfig:
@@ -46,7 +46,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     if summary.get("status") in ("finished", "diverged"):
         print(f"{name}, seed {seed}: {summary['status']} before", flush=True)
     else:
-        resume = folder if (folder / "state.pt").exists() else None
+        resume = folder if saved_states(folder) else None
         if resume and before is not None:
             config, _ = resolve([Layer(f"run {folder}", read_yaml(folder / "config.yaml"))])
         elif folder.exists():  # cut off before there was anything to go on from

@@ -1,6 +1,7 @@
 """Weights evaluated after their training: those of a run folder, of a lone checkpoint or of a W&B artifact."""
 
 import contextlib
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -69,10 +70,24 @@ def open_checkpoint(target: str) -> Iterator[Checkpoint]:
             path = wandb_runs.download_checkpoint(target, downloads)
         elif not exists:
             raise UserError(f"{target!r} is no run folder, no checkpoint and no W&B artifact (E/PROJECT/NAME:ALIAS)")
+        check_readable(path)
         facts = read_facts(path)
         if wrong := wrong_facts(facts):
             raise UserError(f"checkpoint {str(path)!r} is of another version of eva: it lacks {', '.join(wrong)}")
         yield Checkpoint(path, facts, target, artifact, folder)
+
+
+def check_readable(path: Path) -> None:
+    """Checks that a file of weights may be read, and is one: safetensors says of all others that they don't exist.
+
+    Raises:
+        UserError: It may not be, or is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} is not a readable checkpoint: {error.strerror}") from None
 
 
 def wrong_facts(facts: Mapping[str, Any]) -> list[str]:
@@ -81,7 +96,9 @@ def wrong_facts(facts: Mapping[str, Any]) -> list[str]:
     inner = {"classes": str, "mean": float, "std": float}
     wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
     wrong += [name for name in inner.keys() - wrong if {type(each) for each in facts[name]} != {inner[name]}]
-    wrong += [name for name in ("mean", "std") if name not in wrong and len(facts[name]) != 3]
+    for name, least in (("mean", -math.inf), ("std", 0.0)):
+        if name not in wrong and not (len(facts[name]) == 3 and all(least < value < math.inf for value in facts[name])):
+            wrong.append(name)
     return [name for name in kinds if name in wrong]
 
 

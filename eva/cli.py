@@ -16,6 +16,7 @@ from eva.config import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     FIELDS,
+    Failure,
     Layer,
     RunConfig,
     UserError,
@@ -27,10 +28,11 @@ from eva.flags import Parser, add_settings, given_settings, loose_settings
 from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import read_config
 
+EXIT_FAILURE = 1  # a bug's
 EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
-RESUME_SETTINGS = ("workers", "tracking")
+RESUME_SETTINGS = ("workers", "tracking", "tracking_timeout", "save_steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"eva {arguments.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Failure as error:
+        print(f"eva {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except BrokenPipeError:  # who read the output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -91,6 +96,8 @@ def build_parser() -> Parser:
     train.add_argument("--resume", metavar="RUN_FOLDER", help="go on with an interrupted run")
     find_lr = commands.add_parser("find_lr", help="find the range of learning rates", allow_abbrev=False)
     find_lr.add_argument("--show_schedule", action="store_true", help="draw the schedule instead")
+    sync = commands.add_parser("sync", help="send W&B what it lacks of a run", allow_abbrev=False)
+    sync.add_argument("folders", metavar="RUN_FOLDER", nargs="+", help="run folder, of whatever state")
     evaluate = commands.add_parser("evaluate", help="see what a trained model gets wrong", allow_abbrev=False)
     evaluate.add_argument(
         "target", metavar="TARGET", help="run folder, checkpoint file, or W&B artifact ENTITY/PROJECT/NAME:ALIAS"
@@ -184,7 +191,26 @@ def run_train(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
 
     result = experiment.show_policy(config) if arguments.show_policy else experiment.train(config, resume=folder)
     print_result(result)
-    return EXIT_INTERRUPTED if result.status == "interrupted" else 0
+    return exit_code(result.status)
+
+
+def exit_code(status: str) -> int:
+    """Returns the exit code of a training. Under `wandb agent` want of memory is no failure, or it would give up."""
+    if status == "oom":
+        return 0 if "WANDB_SWEEP_ID" in os.environ else EXIT_USER_ERROR
+    return EXIT_INTERRUPTED if status == "interrupted" else 0
+
+
+def run_sync(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva sync`."""
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; eva sync --help lists all")
+    from eva import experiment
+
+    for folder in arguments.folders:
+        result = experiment.sync(Path(folder))
+        print(f"sent: {folder} (status {result.status})")
+    return 0
 
 
 def configure_again(
@@ -199,7 +225,7 @@ def configure_again(
     given = given_settings(arguments, unknown, problems)
     changed = [name for name in given if name not in RESUME_SETTINGS] + ["config"] * (arguments.config is not None)
     if changed:
-        known = " and ".join(RESUME_SETTINGS)
+        known = ", ".join(RESUME_SETTINGS)
         problems.append(f"--resume goes on as the run began: only {known} may differ, but got {', '.join(changed)}")
     if problems:
         raise UserError("\n".join(problems))
@@ -307,6 +333,7 @@ def run_agent(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": run_train,
     "find_lr": run_find_lr,
+    "sync": run_sync,
     "evaluate": run_evaluate,
     "compare": run_compare,
     "sweep": run_sweep,

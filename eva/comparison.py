@@ -326,7 +326,7 @@ def _settings(record: RunRecord) -> dict[str, Any]:
         value = record.config.get(name, default_of(field))
         if name == "tta":  # a later evaluation may have changed it
             value = record.summary.get("evaluation", {}).get(name, value)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and default_of(field) == {}:  # elsewhere it is of another version, or damaged
             settings.update({f"{name}.{key}": _hashable(inner) for key, inner in sorted(value.items())})
         else:
             settings[name] = _hashable(value)

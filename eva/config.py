@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
+import itertools
 import unicodedata
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
+# A file with more than this is none of settings. Aliases of aliases make billions of values out of a few lines.
+MOST_BYTES = 4 * 2**20
+MOST_VALUES = 100_000
 
 # Exit codes: of a user's mistake, and as shells report a program that SIGINT ended.
 EXIT_USER_ERROR = 2
@@ -22,6 +28,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class Failure(RuntimeError):
+    """A bug, told in one line; the traceback lies where the line says. The command line exits with code 1."""
 
 
 @contextlib.contextmanager
@@ -38,7 +48,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], shown: Iterable[str
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"unknown {kind} {name!r}{hint}; known: {', '.join(shown or names)}"
+    return f"unknown {kind} {name!r:.200}{hint}; known: {', '.join(shown or names)}"
 
 
 def option(default: Any, help: str, *, unit: str = "") -> Any:
@@ -142,6 +152,10 @@ class RunConfig:
     tracking: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "W&B mode; auto: online with an account, else offline"
     )
+    tracking_timeout: float = option(30.0, "longest wait for W&B at a run's beginning, and at its end", unit="seconds")
+    wandb_dir: str | None = option(
+        None, "folder of W&B's own: its runs, staging, cache, artifacts; default: the run folder"
+    )
     project: str | None = option(None, "W&B project; default: WANDB_PROJECT, or eva")
     entity: str | None = option(None, "W&B entity (user or team)")
     group: str | None = option(None, "W&B group")
@@ -156,7 +170,7 @@ TYPES: dict[str, Any] = get_type_hints(RunConfig)
 EVALUATION_SETTINGS = (
     *("data", "data_dir", "split", "tta", "gallery_size", "gradcam_layers", "table_rows"),
     *("device", "precision", "channels_last", "workers"),
-    *("out", "tracking", "project", "entity", "group", "name", "tags"),
+    *("out", "tracking", "tracking_timeout", "wandb_dir", "project", "entity", "group", "name", "tags"),
 )
 
 # Settings that only some trainings read: the setting that decides, and its values with which they do.
@@ -221,7 +235,7 @@ def unknown_setting(key: str) -> str:
     if name in COMMAND_FLAGS:
         return f"this command has no flag --{name}"
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "; eva train --help lists the settings"
-    return f"unknown setting {key!r}{hint}"
+    return f"unknown setting {key!r:.200}{hint}"
 
 
 def _structure(value: Any, hint: Any) -> Any:
@@ -239,7 +253,7 @@ def _structure(value: Any, hint: Any) -> Any:
         return [part.strip() for part in value.split(",")] if value else []
     try:
         # Words and numbers inside stay text, for the type of the list or mapping to judge: YAML takes 1e-5 for a word.
-        return yaml.load(value, Loader=yaml.BaseLoader)
+        return load_yaml(value, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
         return value
 
@@ -293,7 +307,7 @@ def _typed(layers: Iterable[Layer]) -> tuple[RunConfig, dict[str, str], set[str]
     values, sources, problems = merge(layers)
     wrong = _ill_typed(values)
     for name in sorted(wrong):
-        problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r}")
+        problems.append(f"{sources[name]}: {name} must be {describe_type(name)}, but got {values[name]!r:.200}")
     config: RunConfig = _adapter().validate_python({name: values[name] for name in values if name not in wrong})
     return config, sources, wrong, problems
 
@@ -302,17 +316,24 @@ def _ill_typed(values: Mapping[str, Any]) -> set[str]:
     """Returns the names of the raw values that their field's type does not take."""
     from pydantic import ValidationError
 
-    # pydantic takes true for the number 1.
+    # pydantic takes true for the number 1, YAML's binaries for text, and its sets, which have no order, for lists.
     wrong = {
         name
         for name, value in values.items()
         if isinstance(value, bool) and bool not in (TYPES[name], *get_args(TYPES[name]))
     }
+    wrong |= {name for name, value in values.items() if any(isinstance(part, (bytes, set)) for part in _parts(value))}
     try:
         _adapter().validate_python(values)
     except ValidationError as error:
         wrong |= {str(line["loc"][0]) for line in error.errors()}
     return wrong
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Returns a value, and those in it if it is a list or a mapping."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [value, *inner]
 
 
 def describe_type(name: str) -> str:
@@ -350,7 +371,7 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
 
     def need(holds: bool, rule: str, *names: str) -> None:
         if not holds and not any(name in unknown for name in names):
-            got = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+            got = ", ".join(f"{name}={getattr(config, name)!r:.200}" for name in names)
             problems.append(f"{rule}, but got {got}")
 
     for name in FIELDS:
@@ -359,6 +380,8 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
         # Control characters break lines and paths; bytes that are no UTF-8 arrive as lone surrogates (Cs).
         broken = {"Cc", "Cs"} & set(map(unicodedata.category, "".join(texts)))
         need(not broken, f"{name} must hold no control characters and be UTF-8", name)
+        if name != "seed" and isinstance(value, int):  # larger ones are no floats, nor what C takes for a count
+            need(abs(value) < 2**31, f"{name} must be below 2**31", name)
     for name in ("epochs", "batch_size", "ghost_splits", "norm_groups", "patience"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1", name)
     need(config.find_lr_steps >= 5, "find_lr_steps must be at least 5", "find_lr_steps")
@@ -386,6 +409,7 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
     rule = "momentum_min must be in [0, momentum] or none"
     need(low is None or 0 <= low <= config.momentum, rule, "momentum_min", "momentum")
     need(config.cycle_epochs > 0, "cycle_epochs must be above 0", "cycle_epochs")
+    need(config.tracking_timeout > 0, "tracking_timeout must be above 0", "tracking_timeout")
     lr_min, lr_max = config.lr_min, config.lr_max
     need(lr_min == "find" or lr_min >= 0, "lr_min must not be negative", "lr_min")
     need(lr_max == "find" or lr_max > 0, "lr_max must be above 0", "lr_max")
@@ -440,6 +464,69 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(text: str, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader]) -> Any:
+    """Returns what a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, an alias stands inside of what it is an alias of, or there are too many values.
+        Exception: PyYAML lets through whatever int(), date() and its own slips raise, RecursionError among them.
+    """
+    loading = loader(text)
+    try:
+        root = loading.get_single_node()
+        if root is None:
+            return None
+        check_size(root)
+        return loading.construct_document(root)
+    finally:
+        loading.dispose()
+
+
+def check_size(root: yaml.Node) -> None:
+    """Checks that a YAML text does not hold too much, before values are made of its nodes.
+
+    Raises:
+        yaml.YAMLError: It holds more than `MOST_VALUES` values, aliases followed, or an alias goes in a circle.
+    """
+    sizes: dict[int, int] = {}  # values of each node, aliases followed, by its id; 0 while it is being looked at
+
+    def visit(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                mark = node.start_mark
+                raise yaml.MarkedYAMLError(
+                    problem="an alias (*) stands inside of what it is an alias of", problem_mark=mark
+                )
+            return sizes[id(node)]
+        sizes[id(node)] = 0
+        inner: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            inner = itertools.chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        sizes[id(node)] = 1 + sum(map(visit, inner))
+        return sizes[id(node)]
+
+    if visit(root) > MOST_VALUES:
+        problem = f"there must be at most {MOST_VALUES} values, aliases followed"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=root.start_mark)
+
+
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """Returns what a file of settings holds, line ends as they are in Python.
+
+    Raises:
+        UserError: It is larger than any such file.
+        OSError: It cannot be read.
+        ValueError: It is not text.
+    """
+    with open(path, "rb") as file:  # no matter what its size is said to be: a device has none, and no end either
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{str(path)!r} must have at most {MOST_BYTES:,} bytes, but has more")
+    return io.StringIO(content.decode(encoding), newline=None).read()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds.
 
@@ -447,11 +534,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing or unreadable, is not YAML, or holds something else than a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = load_yaml(text, _Loader)
     except Exception as error:  # PyYAML lets through whatever int(), date() and its own slips raise
         raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -1,16 +1,24 @@
 """CIFAR-10, digits and image folders as uint8 arrays; fixed splits, channel statistics, loaders."""
 
+import errno
+import fcntl
 import hashlib
 import http.client
 import io
 import json
 import math
 import os
+import sys
+import tarfile
+import unicodedata
 import urllib.error
 import uuid
+import warnings
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +33,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from eva.config import UserError, unknown_name
+from eva.text import printable
 
 IMAGE_SIZE = 32
 
 # Decoded folders are kept under this version: raise it when the same files would decode to other pixels.
 CACHE_VERSION = 1
+# How the name of an entry ends, and of one that is being built.
+ENTRY, PART = ".images", ".part"
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
 # The decoders behind those extensions. Pillow would otherwise try all that it has, Ghostscript's included.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -99,16 +110,18 @@ def load_dataset(
         data: "cifar10" (downloaded by torchvision, checksums verified), "digits" (scikit-learn's 1,797
             handwritten digits, 20 % of each class for test) or "folder:PATH" with PATH/train/CLASS/* and
             PATH/test/CLASS/*. Images of a folder may have any size: they are decoded and resized to 32x32
-            once (the aspect ratio is not kept, transparency is dropped, EXIF orientation is applied), then
-            cached by content.
+            once (the aspect ratio is not kept, transparency is dropped, EXIF orientation is applied, of an
+            animation the first picture is taken), then cached by content.
         data_dir: Folder for downloads and for the cache of decoded images; made when needed.
         workers: Threads that read and decode a folder; None for one per CPU.
-        progress: Whether to draw progress bars while reading and decoding a folder.
+        progress: Whether to tell what happens: progress bars while reading and decoding a folder, and a line
+            about the files in it that are no images by their names.
 
     Raises:
         UserError: `data` names nothing known; CIFAR-10 can be neither found nor fetched, or its checksum
-            differs; the folder lacks a split or class, has an empty class, or holds images that cannot be
-            read (they are named); `data_dir` cannot be written.
+            differs; the folder lacks a split or class, has an empty class, a name that is no text, or a link
+            that leads nowhere or around, or holds images that cannot be read (they are named); `data_dir`
+            cannot be written.
     """
     if data == "cifar10":
         classes, train, test = _load_cifar10(data_dir)
@@ -158,6 +171,8 @@ def _load_cifar10(data_dir: Path) -> tuple[tuple[str, ...], Split, Split]:
             f"CIFAR-10 in data_dir={str(data_dir)!r} has a wrong checksum; delete {CIFAR10.filename} and "
             f"{CIFAR10.base_folder}/ there to have them fetched again"
         ) from None
+    except (tarfile.TarError, EOFError, zlib.error) as error:  # a member that would leave the folder is one
+        raise UserError(f"CIFAR-10 in data_dir={str(data_dir)!r} cannot be extracted: {error}") from None
     except OSError as error:
         raise UserError(f"cannot keep CIFAR-10 in data_dir={str(data_dir)!r}: {error.strerror or error}") from None
     return (
@@ -194,15 +209,24 @@ def _load_folder(
     root = Path(path).expanduser()
     if not path or not root.is_dir():
         raise UserError(f"data=folder:PATH needs an existing folder, but got PATH={path!r}")
+    left_out: Counter[str] = Counter()
     try:
-        train, test = _list_images(root, "train"), _list_images(root, "test")
+        train, test = (_list_images(root, split, left_out) for split in ("train", "test"))
     except OSError as error:
         raise UserError(f"cannot list {str(error.filename)!r}: {error.strerror}") from None
-    _check_classes(root, train, test)
+    most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:5]
+    told = ", ".join(f"{count:,} {what}" for what, count in most) + ", and others" * (len(left_out) > len(most))
+    _check_classes(root, train, test, told)
+    if told and progress:
+        print(f"left out in {str(root)!r}: {told} (images: {', '.join(sorted(EXTENSIONS))})")
 
     classes = tuple(train)
     paths = [path for by_class in (train, test) for name in classes for path in by_class[name]]
-    images = _decoded(root, paths, data_dir / "cache", workers or os.cpu_count() or 1, progress)
+    _check_names(root, paths)
+    with warnings.catch_warnings():
+        # Pillow warns about images so large that they may be an attack: they are told as unreadable, by name.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        images = _decoded(root, paths, data_dir / "cache", workers or os.cpu_count() or 1, progress)
     sizes = [len(by_class[name]) for by_class in (train, test) for name in classes]
     labels = np.repeat(np.tile(np.arange(len(classes)), 2), sizes)
     both = Split(images, labels, np.array(paths))
@@ -210,34 +234,71 @@ def _load_folder(
     return classes, both.take(slice(num_train)), both.take(slice(num_train, None))
 
 
-def _list_images(root: Path, split: str) -> dict[str, list[str]]:
-    """Returns the images of each class, as sorted posix paths below root, classes sorted by name."""
+def _list_images(root: Path, split: str, left_out: Counter[str]) -> dict[str, list[str]]:
+    """Returns the images of each class, as sorted posix paths below root, classes sorted by name.
+
+    What is left out is counted in `left_out`, by what it is; what is hidden is not.
+    """
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{str(root)!r} must hold {split}/CLASS/* images, but has no folder {split!r}")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_symlink():
+            _check_link(entry)
+    names = [entry.name for entry in entries if entry.is_dir()]
     if not names:
         raise UserError(f"{str(folder)!r} must hold a folder of images per class, but has none")
-    return {name: sorted(_walk_images(root, folder / name)) for name in names}
+    beside = [entry.name for entry in entries if entry.name not in names and _names_image(entry.name)]
+    left_out.update("images beside the folders of classes" for _ in beside)
+    return {name: sorted(_walk_images(root, folder / name, left_out)) for name in names}
 
 
-def _walk_images(root: Path, folder: Path) -> Iterator[str]:
+def _check_link(link: Path) -> None:
+    """Raises a UserError if what stands for a class is a link to nothing, or to a folder that it lies in."""
+    if not link.exists():
+        raise UserError(f"{str(link)!r} must be a folder, but is a link to {os.readlink(link)!r}, which leads nowhere")
+    if link.parent.resolve().is_relative_to(link.resolve()):
+        raise UserError(f"{str(link)!r} must be a folder of one class, but is a link to a folder around it")
+
+
+def _names_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS
+
+
+def _walk_images(root: Path, folder: Path, left_out: Counter[str]) -> Iterator[str]:
     def refuse(error: OSError) -> None:  # os.walk would silently leave out a folder that it cannot read
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        left_out.update("links to folders" for name in folders if os.path.islink(os.path.join(parent, name)))
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                yield (Path(parent) / name).relative_to(root).as_posix()
+            path = Path(parent) / name
+            if name.startswith("."):
+                continue
+            if not _names_image(name):
+                left_out[printable(path.suffix.lower()) or "without an ending"] += 1
+            elif not path.is_file():  # reading a pipe or a device might never end
+                raise UserError(f"cannot read image {str(path)!r}: it is no file, or a link to none")
+            else:
+                yield path.relative_to(root).as_posix()
 
 
-def _check_classes(root: Path, train: dict[str, list[str]], test: dict[str, list[str]]) -> None:
+def _check_names(root: Path, paths: Iterable[str]) -> None:
+    """Raises a UserError if a name would break lines, or cannot be written as text."""
+    for path in paths:
+        # The first is fast, and refuses some that are sound. Bytes that are no UTF-8 are lone surrogates (Cs).
+        if not path.isprintable() and {"Cc", "Cs"} & set(map(unicodedata.category, path)):
+            raise UserError(f"names in {str(root)!r} must be UTF-8 without control characters, but got {path!r}")
+
+
+def _check_classes(root: Path, train: dict[str, list[str]], test: dict[str, list[str]], left_out: str) -> None:
     problems = []
     if missing := sorted(train.keys() - test.keys()):
-        problems.append(f"missing from test: {', '.join(missing)}")
+        problems.append(f"missing from test: {printable(', '.join(missing))}")
     if extra := sorted(test.keys() - train.keys()):
-        problems.append(f"only in test: {', '.join(extra)}")
+        problems.append(f"only in test: {printable(', '.join(extra))}")
     if problems:
         raise UserError(f"train and test of {str(root)!r} must have the same classes, but {'; '.join(problems)}")
     empty = [
@@ -247,32 +308,37 @@ def _check_classes(root: Path, train: dict[str, list[str]], test: dict[str, list
         if not files
     ]
     if empty:
-        raise UserError(f"{'; '.join(empty)} in {str(root)!r} (images: {', '.join(sorted(EXTENSIONS))})")
+        found = f"left out: {left_out}; " if left_out else ""
+        raise UserError(f"{'; '.join(empty)} in {str(root)!r} ({found}images: {', '.join(sorted(EXTENSIONS))})")
 
 
 def _decoded(root: Path, paths: list[str], cache: Path, workers: int, progress: bool) -> NDArray[np.uint8]:
     """Returns the images, (N, 32, 32, 3), from the cache when these very files were decoded before.
 
     The cache is keyed by the content of every file, never by its date, so that a changed file cannot bring a
-    stale image. It is a zip of one array: its checksum tells a damaged one, which is built again.
+    stale image; a file that changes while it is decoded is refused. Of several processes that need the same
+    images one decodes them, and the others wait for it.
     """
     bar = partial(tqdm, total=len(paths), unit="image", disable=None if progress else True)  # None: on terminals only
     with ThreadPoolExecutor(workers) as pool:
         digests = list(bar(pool.map(partial(_digest, root), paths), "reading"))
         facts = json.dumps([CACHE_VERSION, IMAGE_SIZE, list(zip(paths, digests, strict=True))])
-        cached = cache / f"{hashlib.sha256(facts.encode()).hexdigest()}.npz"
+        cached = cache / f"{hashlib.sha256(facts.encode()).hexdigest()}{ENTRY}"
         images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         if _read_cache(cached, images):
             return images
-        # Opened before the decoding: a folder that cannot be written is told at once, not after minutes.
-        with _atomic_file(cached) as file:
+        # Begun before the decoding: a folder that cannot be written is told at once, not after minutes.
+        with _building(cached) as part:
+            if _read_cache(cached, images):  # another process was building it until now
+                return images
             outcomes = list(bar(pool.map(partial(_decode_into, root), paths, digests, images), "decoding"))
             if problems := [problem for problem in outcomes if problem]:
                 more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
                 raise UserError(
                     f"{len(problems)} unreadable image(s) in {str(root)!r}: {', '.join(problems[:3])}{more}"
                 )
-            np.savez(file, images=images)
+            if part is not None:
+                _keep(part, cached, images)
     return images
 
 
@@ -303,6 +369,8 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
     Pillow instead of OpenCV, because it refuses truncated files by default and says what is wrong; a 32x32
     JPEG takes about 50 us.
     """
+    if not data:
+        raise ValueError("empty file")
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):
@@ -321,37 +389,129 @@ def _resize(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(shrunk, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
-def _read_cache(path: Path, images: NDArray[np.uint8]) -> bool:
-    """Fills `images` from the cache; returns whether it was there, intact and of this shape."""
+# An entry of the cache is a digest, then the pixels as they lie in memory. The digest covers the entry's name too,
+# so that neither damage nor two entries that changed places bring wrong images.
+
+
+def _seal(cached: Path, images: NDArray[np.uint8]) -> bytes:
+    digest = hashlib.sha256(cached.name.encode())
+    digest.update(images.data)
+    return digest.digest()
+
+
+def _read_cache(cached: Path, images: NDArray[np.uint8]) -> bool:
+    """Fills `images` from the cache; returns whether it was there and intact."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            cached = arrays["images"]
-    except Exception:  # whatever is wrong with a cache, it is built again
+        with cached.open("rb") as file:
+            seal = file.read(hashlib.sha256().digest_size)
+            whole = file.readinto(images.data) == images.nbytes and not file.read(1)
+    except OSError:
         return False
-    if cached.shape != images.shape or cached.dtype != images.dtype:
-        return False
-    images[:] = cached
-    return True
+    return whole and seal == _seal(cached, images)
+
+
+def _keep(part: io.FileIO, cached: Path, images: NDArray[np.uint8]) -> None:
+    """Makes a cache entry of `images`. If that fails, a line says so: images in memory are no reason to end a run."""
+    try:
+        part.truncate(0)  # who held it before may have been killed while it wrote
+        for content in (_seal(cached, images), images.data.cast("B")):
+            rest = memoryview(content)
+            while rest:  # a nearly full disk takes a part, and fails at the next one
+                rest = rest[part.write(rest) :]
+        os.fsync(part.fileno())
+        os.replace(str(part.name), cached)
+    except OSError as error:
+        _warn_of_loss(cached, error)
+
+
+def _warn_of_loss(cached: Path, error: OSError) -> None:
+    print(
+        f"warning: decoded images cannot be kept in {str(cached.parent)!r} ({error.strerror or error}); "
+        "the next run will decode them again",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file that takes the name `path` once written in full; nothing stays of it after an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def _building(cached: Path) -> Iterator[io.FileIO | None]:
+    """Yields the file that is to become a cache entry, for this process alone; None if the disk has no room for it.
+
+    The file itself is locked: others that want to build the same entry wait here until it is done, or has failed.
+    The system frees the lock of a process that dies, so what a killed one left is known by its free lock, and removed.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        for left in cached.parent.glob(f"*{PART}"):
+            _remove_left(left)
+        part = _lock(cached.with_suffix(PART))
     except OSError as error:
-        raise UserError(
-            f"data_dir must be writable, but {str(path.parent)!r} is not: {error.strerror or error}"
-        ) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"data_dir must be writable, but {str(cached.parent)!r} is not: {error.strerror or error}"
+            ) from None
+        _warn_of_loss(cached, error)
+    try:
+        yield part
+    finally:
+        if part is not None:
+            with part, suppress(OSError):
+                if _is_at(part, Path(str(part.name))):  # it did not become the entry
+                    os.unlink(str(part.name))
+
+
+def _lock(path: Path) -> io.FileIO:
+    """Returns the file at `path`, made if needed and locked; waits for the process that has it.
+
+    Where a file system has no locks, or the file is another user's, it is a new file beside it: every process then
+    builds the entry for itself, and the last one stays, which is the same as the others.
+    """
+    while True:
+        try:
+            file = _open_locked(path)
+        except OSError:
+            own = io.FileIO(path.with_suffix(f".{uuid.uuid4().hex}{PART}"), "xb")
+            with suppress(OSError):
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others that it is not left over
+            return own
+        # Whoever had it until now has renamed or removed it: what is locked then is not what the others will lock.
+        if _is_at(file, path):
+            return file
+        file.close()
+
+
+def _open_locked(path: Path) -> io.FileIO:
+    file = io.FileIO(path, "ab")
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process that decodes the same images", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, OSError):
+            path.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def _remove_left(path: Path) -> None:
+    """Removes the unfinished entry of a process that is no more."""
+    with suppress(OSError), path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(file, path):
+            path.unlink()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 # --- fixed splits and statistics ---

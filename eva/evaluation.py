@@ -1,6 +1,7 @@
 """How well a model does on a split, and what it says about each of the images."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardwar
             loss += F.cross_entropy(logits.float(), labels, reduction="sum").double()
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)
-    return Evaluation(loss.item() / count, correct.item() / count, count)
+    number = count or math.nan  # of no image there is no mean
+    return Evaluation(loss.item() / number, correct.item() / number, count)
 
 
 def predict(

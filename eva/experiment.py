@@ -2,9 +2,14 @@
 
 import contextlib
 import csv
+import errno
 import functools
+import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,24 +19,28 @@ import torch
 from torch import nn
 
 from eva import data, evaluation, figures, hardware, inspection, lr_range, models, policies
-from eva.checkpoints import load_weights
-from eva.config import RunConfig, UserError, collected, to_dict
+from eva.checkpoints import BEST, load_weights
+from eva.config import Failure, Layer, RunConfig, UserError, collected, to_dict
 from eva.data import Dataset, Split
 from eva.files import write_json
 from eva.gradcam import GradCAM
-from eva.loop import Training, fit, prepare
+from eva.loop import Training, fit, logged_rows, prepare
 from eva.lr_range import LrRange
 from eva.records import read_columns
 from eva.run_folder import (
+    LOCK,
     check_resumable,
     check_unchanged,
     git_commit,
+    held,
     make_run_folder,
     read_config,
+    read_summary,
+    saved_states,
     write_config,
 )
 from eva.schedules import Rates, build_schedule
-from eva.tracker import Tracker, WandbTracker, choose_mode, under_agent
+from eva.tracker import Tracker, WandbTracker, choose_mode, parts_of, under_agent, wandb_root
 from eva.trial import Trial, current_trial
 
 EVAL_BATCH_SIZE = 500
@@ -168,15 +177,12 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
     if trial is not None:
         config, resume = in_trial(config, trial)
     with open_run(config, "train", resume) as run:
-        if "find" in (config.lr_min, config.lr_max):
-            config = with_found_rates(config, range_test(config, run))
-            run.tracker.configure({"lr_min": config.lr_min, "lr_max": config.lr_max})
-        write_config(run.folder, config)
+        config = with_rates(config, run)
         describe_model(run)
         training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
         training.facts = checkpoint_facts(config, run)
-        if resume:
-            training.load(run.folder / "state.pt")
+        if resume and saved_states(run.folder):
+            training.load(run.folder)
         watched = run.parts.watched_loader, run.parts.watched
         ends_early = (lambda row: False) if trial is None else trial.report
         with stop_signals() as stop_asked:
@@ -184,25 +190,44 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         if status == "interrupted" and stop_asked.by_agent():
             status = "stopped"
         run.summary.update(outcome(training, run.parts, status))
+        if status == "interrupted" and stop_asked.number == signal.SIGTERM:
+            run.tracker.preempted()  # the machine may be gone in seconds
+            run.tracker.summarize(run.summary)
+            return run.result()
         if status == "finished":
             run.summary.update(test_at_the_end(training, run.parts, run.folder))
-        if trial is None:  # of a sweep's trials its own pictures tell more, and in less time
-            draw_curves(run)
-        run.tracker.summarize(run.summary)
-        best = run.folder / "best.safetensors"
-        if status != "interrupted" and best.exists():
-            metadata = {"summary": run.summary, "config": to_dict(config)}
-            artifact = f"model-{run.summary['wandb_id']}"
-            run.tracker.log_artifact(artifact, "model", [best], metadata, ("best", "latest"))
-        if status == "finished" and config.evaluate and not stop_asked.by_agent():
-            run.summary.update(inspect_best(config, training, run))
-            run.tracker.summarize(run.summary)
+        conclude(config, run, training.evaluated, evaluates=config.evaluate and not stop_asked.by_agent())
+    return run.result()
+
+
+def sync(folder: Path) -> Result:
+    """Sends W&B what it lacks of a run, whatever came between: rows, pictures, weights, tables.
+
+    All of it is told once more from the files of the run folder, and W&B's client sends what is missing. The best
+    weights of a finished run are evaluated again for that.
+
+    Raises:
+        UserError: It is no run folder, the data are not there or have changed, or W&B can't be reached.
+    """
+    config, _ = read_config(folder, Layer("sync", {"tracking": "online"}))
+    status = str(read_summary(folder).get("status"))
+    with open_run(config, "train", folder, status) as run:
+        if run.tracker.mode != "online":
+            raise UserError(f"W&B can't be reached: nothing of the run in {str(folder)!r} was sent")
+        if "find" not in (config.lr_min, config.lr_max):
+            with_rates(config, run)
+            describe_model(run)
+            for row in logged_rows(run.folder, run.parts.watched):
+                run.tracker.log(row)
+        if status in ("finished", "diverged", "stopped"):
+            model = run.parts.model.to(run.parts.hardware.device, memory_format=run.parts.hardware.memory_format)
+            conclude(config, run, model, evaluates=config.evaluate and "evaluation" in run.summary)
     return run.result()
 
 
 def in_trial(config: RunConfig, trial: Trial) -> tuple[RunConfig, Path | None]:
     """Returns the configuration of a trial's run, and the folder to go on in; None for a trial that begins."""
-    if (trial.folder / "state.pt").exists():
+    if saved_states(trial.folder):
         return read_config(trial.folder)[0], trial.folder
     return replace(
         config,
@@ -221,7 +246,6 @@ def find_lr(config: RunConfig) -> Result:
         UserError: The configuration or the data don't allow it, or the curve has no usable minimum.
     """
     with open_run(config, "find_lr") as run:
-        write_config(run.folder, config)
         range_test(config, run)
         run.summary["status"] = "finished"
         run.tracker.summarize(run.summary)
@@ -235,7 +259,6 @@ def show_policy(config: RunConfig) -> Result:
         UserError: The configuration or the data don't allow it.
     """
     with open_run(config, "show_policy") as run:
-        write_config(run.folder, config)
         train_split = run.parts.dataset.train
         classes = run.parts.dataset.classes
         samples = policies.gallery(train_split.images, train_split.labels, classes, run.parts.policy, seed=config.seed)
@@ -275,6 +298,7 @@ class Run:
     """A run under way: what it builds on, where it writes, and its growing summary."""
 
     folder: Path
+    wandb_root: Path
     parts: Parts
     tracker: Tracker
     summary: dict[str, Any]
@@ -283,78 +307,142 @@ class Run:
         """Returns what the run came to."""
         return Result(self.summary["status"], self.folder, self.summary)
 
+    def write_summary(self) -> None:
+        """Writes summary.json, with W&B's folders as they are now."""
+        self.summary["wandb_folders"] = [str(path) for path in parts_of(self.wandb_root, self.summary["wandb_id"])]
+        write_json(self.folder / "summary.json", self.summary)
+
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, job: str, resume: Path | None = None) -> Iterator[Run]:
+def open_run(config: RunConfig, job: str, resume: Path | None = None, status: str = "running") -> Iterator[Run]:
     """Makes the run folder, builds the parts and opens the tracker; closes it and writes summary.json at the end.
 
+    What goes wrong meanwhile is noted in the summary. Out of memory, it is told and the run has ended as `oom`; of a
+    bug the traceback goes into the run folder's log.txt.
+
+    Args:
+        config: The configuration.
+        job: What the run does: W&B's job type.
+        resume: The folder of a run to go on in; None for a new one.
+        status: The run's until it is known what it came to; another than "running" is that of a run that has ended.
+
     Raises:
-        UserError: The run folder, the configuration or the data don't allow it. A folder made for it is removed.
+        UserError: The run folder, the configuration or the data don't allow it, or the disk is full. A folder made for
+            it is removed if nothing is in it yet.
+        Failure: There is a bug.
     """
     trial = current_trial()
     mode, remark = choose_mode(config.tracking)
     if trial is None or config.gradcam_layers:  # a trial's data are loaded already: `build` tells as early
         check_names(config)
-    before = check_resumable(resume) if resume else {}
-    before.pop("evaluation", None)  # of weights that will change
+    before = {} if resume is None else check_resumable(resume) if status == "running" else read_summary(resume)
+    if status == "running":
+        before.pop("evaluation", None)  # of weights that will change
     run_id, folder = (
         (before["wandb_id"], resume) if resume else make_run_folder(config, trial.run_id if trial else None)
     )
-    try:
-        parts = build(config)
-        policy = parts.policy.describe()
-        if resume:
-            check_unchanged(resume, before, parts.dataset.fingerprint, policy)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-    if remark:
-        print(remark)
-    summary: dict[str, Any] = {
-        **before,
-        "status": "running",
-        "job": job,
-        "recipe": config.recipe,
-        "data": config.data,
-        "data_fingerprint": parts.dataset.fingerprint,
-        "train_images": parts.train_loader.num_images,
-        "parameters": models.count_parameters(parts.model),
-        "selected_on": parts.watched,
-        "hardware": hardware.describe(parts.hardware),
-        "wandb_id": run_id,
-        "wandb_mode": mode,
-        "wandb_folders": [],
-    }
-    facts = {
-        **(trial.arguments if trial else {}),
-        **to_dict(config),
-        **{
-            name: summary[name]
-            for name in ("data_fingerprint", "train_images", "parameters", "selected_on", "hardware")
-        },
-        "git_commit": git_commit(),
-    }
-    tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
-    try:
-        with tracker:
-            if isinstance(tracker, WandbTracker):
-                summary["wandb_id"] = tracker.run_id
-                summary["wandb_folders"] = [*before.get("wandb_folders", []), str(tracker.folder)]
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+            parts = build(config)
+            policy = parts.policy.describe()
+            if resume:
+                check_unchanged(resume, before, parts.dataset.fingerprint, policy)
+        except BaseException:
+            if not resume:
+                with contextlib.suppress(OSError):
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+            raise
+        if remark:
+            print(remark)
+        summary: dict[str, Any] = {
+            **before,
+            "status": status,
+            "job": job,
+            "recipe": config.recipe,
+            "data": config.data,
+            "data_fingerprint": parts.dataset.fingerprint,
+            "train_images": parts.train_loader.num_images,
+            "parameters": models.count_parameters(parts.model),
+            "selected_on": parts.watched,
+            "hardware": hardware.describe(parts.hardware),
+            "wandb_id": run_id,
+            "wandb_mode": mode,
+        }
+        facts = {
+            **(trial.arguments if trial else {}),
+            **to_dict(config),
+            **{
+                name: summary[name]
+                for name in ("data_fingerprint", "train_images", "parameters", "selected_on", "hardware")
+            },
+            "git_commit": git_commit(),
+        }
+        tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
+        run = Run(folder, wandb_root(config, folder), parts, tracker, summary)
+        try:
             write_json(folder / "policy.json", policy)
-            write_json(folder / "summary.json", summary)
-            try:
-                yield Run(folder, parts, tracker, summary)
-            except BaseException as error:
-                summary["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                tracker.summarize(summary)
-                raise
-    except BaseException:
-        if summary["status"] == "running":  # W&B did not begin the run
-            summary["status"] = "failed"
-        raise
-    finally:
-        write_json(folder / "summary.json", summary)
+            run.write_summary()
+            write_config(folder, config)
+            with tracker:
+                if isinstance(tracker, WandbTracker):
+                    summary["wandb_id"], summary["wandb_mode"] = tracker.run_id, tracker.mode
+                run.write_summary()
+                try:
+                    yield run
+                except BaseException as error:
+                    outcome_of(error, config, run, status)
+                    with contextlib.suppress(Exception):  # what went wrong matters more
+                        tracker.summarize(summary)
+                    if summary["status"] != "oom":
+                        raise
+        except BaseException as error:
+            if summary["status"] == "running":  # W&B did not begin the run
+                summary["status"] = "failed"
+            with contextlib.suppress(OSError):
+                run.write_summary()
+            if is_full(error):
+                raise UserError(
+                    f"cannot write in {str(folder)!r}: {os.strerror(errno.ENOSPC)}; what was saved before is there: "
+                    f"make room, then go on with eva train --resume {folder}"
+                ) from None
+            if isinstance(error, Exception) and not isinstance(error, UserError):
+                raise Failure(logged_bug(error, folder)) from error
+            raise
+        run.write_summary()
+
+
+def is_full(error: BaseException) -> bool:
+    """Tells whether a disk, or the user's share of it, took no more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def outcome_of(error: BaseException, config: RunConfig, run: Run, status: str) -> None:
+    """Notes in the summary what an exception makes of a run, and tells what to do if memory ran out.
+
+    One that had ended, with another status than "running", stays what it was.
+    """
+    if hardware.is_out_of_memory(error):
+        device = run.parts.hardware.device
+        run.summary["reason"] = f"out of memory on {device}: choose a batch_size below {config.batch_size}"
+        print(run.summary["reason"], file=sys.stderr, flush=True)
+        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        run.summary["status"] = "oom"
+    elif status == "running":
+        goes_on = isinstance(error, KeyboardInterrupt) or is_full(error)
+        run.summary["status"] = "interrupted" if goes_on else "failed"
+
+
+def logged_bug(error: Exception, folder: Path) -> str:
+    """Writes the traceback of a bug into log.txt of the run folder; returns one line about it."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    with contextlib.suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{''.join(traceback.format_exception(error))}\n")
+        return f"{line} (a bug: the traceback is in {folder / 'log.txt'})"
+    return line
 
 
 def describe_model(run: Run) -> None:
@@ -363,6 +451,24 @@ def describe_model(run: Run) -> None:
     print(table)
     (run.folder / "model.txt").write_text(table + "\n", encoding="utf-8")
     run.tracker.log_text("model/summary", table)
+
+
+def with_rates(config: RunConfig, run: Run) -> RunConfig:
+    """Returns the configuration with learning rates that are numbers, found by a range test where they are asked for.
+
+    One that was made before the run was interrupted is told to the tracker once more.
+
+    Raises:
+        UserError: The curve has no minimum, or what was found doesn't fit the rate that was given.
+    """
+    if "find" in (config.lr_min, config.lr_max):
+        config = with_found_rates(config, range_test(config, run))
+        run.tracker.configure({"lr_min": config.lr_min, "lr_max": config.lr_max})
+        run.write_summary()  # before the configuration has the rates: then the test is through
+        write_config(run.folder, config)
+    elif (run.folder / "lr_range.csv").exists():
+        log_curve(run)
+    return config
 
 
 def range_test(config: RunConfig, run: Run) -> LrRange:
@@ -376,18 +482,24 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
     rows = list(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
     with open(run.folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("lr", "loss", "smoothed"), *rows])
-    for lr, loss, smoothed in rows:
-        run.tracker.log({"lr_range/lr": lr, "lr_range/loss": loss, "lr_range/smoothed": smoothed})
     found = None
     try:
         found = lr_range.suggest(curve)
     finally:
-        path = figures.save(figures.lr_range(curve, found), run.folder / "figures" / "lr_range.png")
-        run.tracker.log_image("lr_range/curve", path)
+        figures.save(figures.lr_range(curve, found), run.folder / "figures" / "lr_range.png")
+        log_curve(run)
     asked = [name for name in ("lr_min", "lr_max") if getattr(config, name) == "find"]
     run.summary.update({"lr_min": found.lr_min, "lr_max": found.lr_max, "lr_rule": lr_range.RULE, "found": asked})
     print(f"range test: LR min {found.lr_min:.3g}, LR max {found.lr_max:.3g} ({lr_range.RULE})")
     return found
+
+
+def log_curve(run: Run) -> None:
+    """Logs the range test's curve and its picture from the run folder."""
+    columns = read_columns(run.folder / "lr_range.csv", [])
+    for row in zip(*(columns[name] for name in ("lr", "loss", "smoothed")), strict=True):
+        run.tracker.log(dict(zip(("lr_range/lr", "lr_range/loss", "lr_range/smoothed"), row, strict=True)))
+    run.tracker.log_image("lr_range/curve", run.folder / "figures" / "lr_range.png")
 
 
 def checkpoint_facts(config: RunConfig, run: Run) -> dict[str, Any]:
@@ -442,7 +554,7 @@ def test_at_the_end(training: Training, parts: Parts, folder: Path) -> dict[str,
     last = evaluation.evaluate(training.evaluated, parts.test_loader, parts.hardware)
     best = last
     if training.progression.best_epoch != training.progression.epoch:
-        load_weights(folder / "best.safetensors", training.evaluated)
+        load_weights(folder / BEST, training.evaluated)
         best = evaluation.evaluate(training.evaluated, parts.test_loader, parts.hardware)
     return {
         "test_accuracy_last": last.accuracy,
@@ -451,21 +563,33 @@ def test_at_the_end(training: Training, parts: Parts, folder: Path) -> dict[str,
     }
 
 
-def inspect_best(config: RunConfig, training: Training, run: Run) -> dict[str, Any]:
-    """Evaluates the best weights as `eva evaluate` does; returns what the summary says of it."""
-    load_weights(run.folder / "best.safetensors", training.evaluated)
+def inspect_best(config: RunConfig, model: nn.Module, run: Run) -> dict[str, Any]:
+    """Evaluates the best weights as `eva evaluate` does, in `model`; returns what the summary says of it."""
+    load_weights(run.folder / BEST, model)
     parts, run_id = run.parts, run.summary["wandb_id"]
     split = parts.splits[config.split]
     plain = policies.build_policy("test", parts.mean, parts.std)
     batches = data.eval_loader(split, plain, EVAL_BATCH_SIZE, 0)
     dataset = parts.dataset
-    found = inspection.inspect(
-        training.evaluated, split, batches, config, parts.hardware, dataset.classes, dataset.fingerprint
-    )
+    found = inspection.inspect(model, split, batches, config, parts.hardware, dataset.classes, dataset.fingerprint)
     entries = inspection.write(found, run.folder)
     source = {"checkpoint": f"model-{run_id}:best", "checkpoint_of": run_id, "into": run_id}
     inspection.log(found, run.folder, run.tracker, run_id, source)
     return entries
+
+
+def conclude(config: RunConfig, run: Run, model: nn.Module, *, evaluates: bool) -> None:
+    """Draws the curves of a run, uploads its best weights, and evaluates them, loaded into `model`, if it finished."""
+    if current_trial() is None:  # of a sweep's trials its own pictures tell more, and in less time
+        draw_curves(run)
+    run.tracker.summarize(run.summary)
+    status, best = run.summary["status"], run.folder / BEST
+    if status != "interrupted" and best.exists():
+        metadata = {"summary": run.summary, "config": to_dict(config)}
+        run.tracker.log_artifact(f"model-{run.summary['wandb_id']}", "model", [best], metadata, ("best", "latest"))
+    if status == "finished" and evaluates:
+        run.summary.update(inspect_best(config, model, run))
+        run.tracker.summarize(run.summary)
 
 
 def draw_curves(run: Run) -> None:

@@ -1,5 +1,6 @@
 """Files that are there in full or not at all."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -23,6 +24,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names of a folder's files to the disk, where the file system can: a rename counts only then."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

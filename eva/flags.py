@@ -19,6 +19,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
 
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        """Returns the flags that are known, and the other words, as argparse does."""
+        known, others = super().parse_known_args(*arguments, **named)
+        for name, value in vars(known).items():
+            if value == []:  # what older Pythons make of --flag=--
+                self.error(f"argument --{name}: expected one argument")
+        return known, others
+
 
 def add_settings(parser: argparse.ArgumentParser, known: Container[str], order: str) -> None:
     """Adds a flag for each setting. Values stay text: `config.resolve` gives them their types.

@@ -120,6 +120,15 @@ def _cpu_computes_bf16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an exception says that the memory of the device or of the host is used up."""
+    # torch has an exception of its own for its GPU allocator only.
+    words = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Seeds python, numpy and torch; with `deterministic`, makes torch refuse kernels that are not."""
     random.seed(seed)

@@ -2,9 +2,11 @@
 
 import copy
 import csv
+import heapq
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from eva.checkpoints import load_state, save_state, save_weights
+from eva.checkpoints import Best, Saver, newest_state
 from eva.config import RunConfig, UserError
-from eva.data import TrainLoader
+from eva.data import Batch, TrainLoader
 from eva.evaluation import Evaluation, evaluate
 from eva.files import write_atomically
 from eva.hardware import Hardware, random_state, set_random_state
@@ -27,6 +29,10 @@ from eva.tracker import Tracker
 # Rows of batches wait on the device and are fetched together, after so many steps or so many seconds.
 FLUSH_STEPS = 32
 FLUSH_SECONDS = 2.0
+# The state is saved after an epoch, and within one that takes longer than this, so that no crash costs more.
+SAVE_SECONDS = 600.0
+
+Row = dict[str, float]
 
 BATCH_COLUMNS = (
     *("trainer/step", "epoch", "train/loss", "train/accuracy"),
@@ -53,6 +59,8 @@ class Progression:
     best_loss: float = math.inf
     best_epoch: int = 0
     last_accuracy: float = 0.0
+    # how training ended, if it did: finished, diverged or stopped
+    ended: str = ""
 
 
 @dataclass
@@ -69,33 +77,38 @@ class Training:
     schedule: Schedule
     progression: Progression
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint says about itself beside its metrics
+    best: Best | None = None  # of a run that goes on: its best weights so far
 
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated and kept: the moving average of the weights if there is one."""
         return self.model if self.averaged is None else self.averaged
 
-    def save(self, path: Path) -> None:
-        """Writes the complete state: model, optimizer, average, scaler, generators, position; the schedule is pure."""
-        save_state(
-            path,
-            {
-                "model": self.model.state_dict(),
-                "averaged": None if self.averaged is None else self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": random_state(),
-                "progression": asdict(self.progression),
-            },
-        )
+    def tensors(self) -> list[Tensor]:
+        """Returns the tensors of a state that are known from the first step on, with those of its optimizer."""
+        modules = [self.model] if self.averaged is None else [self.model, self.averaged]
+        kept = [tensor for module in modules for tensor in module.state_dict().values()]
+        moments = 2 if isinstance(self.optimizer, torch.optim.AdamW) else 1
+        return kept + moments * list(self.model.parameters()) + list(self.evaluated.state_dict().values())
 
-    def load(self, path: Path) -> None:
-        """Restores what `save` wrote.
+    def state(self) -> dict[str, Any]:
+        """Returns all that changes: model, optimizer, average, scaler, generators, position; the schedule is pure."""
+        return {
+            "model": self.model.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "progression": asdict(self.progression),
+        }
+
+    def load(self, run_folder: Path) -> None:
+        """Restores the newest state in a run folder that is whole, and says which.
 
         Raises:
-            UserError: The file is missing, damaged, of another format, or that of another configuration.
+            UserError: There is none, all are damaged, of another version, or that of another configuration.
         """
-        state = load_state(path)
+        state, path = newest_state(run_folder)
         try:
             self.model.load_state_dict(state["model"])
             if self.averaged is not None:
@@ -103,10 +116,12 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.progression = Progression(**state["progression"])
+            self.best = None if state["best"] is None else Best(**state["best"])
             set_random_state(state["random"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{str(path)!r} is the state of another configuration: {reason}") from None
+        print(f"going on from {path}: {self.progression.step} steps, {self.progression.epoch} epochs are done")
 
 
 def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_epoch: int) -> Training:
@@ -229,6 +244,12 @@ class Journal:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(rows)
 
+    def rows(self) -> Iterator[Row]:
+        """Yields the rows as they were appended, numbers of each kind included."""
+        with open(self.path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                yield {name: int(text) if text.lstrip("-").isdigit() else float(text) for name, text in row.items()}
+
     def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
         """Drops the rows that a resumed run will write again, and one that a crash cut short."""
         with open(self.path, newline="", encoding="utf-8") as file:
@@ -260,9 +281,9 @@ def fit(
         train_loader: Batches of an epoch as a pure function of (seed, epoch, batch).
         watched_batches: The split that is evaluated after each epoch, every image once.
         watched: That split's name, val or test: the first part of its metrics' names.
-        folder: Where history.csv, epochs.csv, best.safetensors and state.pt go.
+        folder: Where history.csv, epochs.csv, best.safetensors and the states go.
         tracker: Gets one row a batch and one row an epoch.
-        stop_asked: Asked after every step and epoch; if it says yes, the state is saved and training ends.
+        stop_asked: Asked after every batch, also of an evaluation; if so, the state is saved and training ends.
         ends_early: Told each epoch's row; if it says yes, a sweep has seen enough, and training ends.
 
     Returns:
@@ -273,62 +294,93 @@ def fit(
     epochs = Journal(folder / "epochs.csv", epoch_columns(watched))
     history.keep(lambda row: int(row["trainer/step"]) < now.step)
     epochs.keep(lambda row: int(row["epoch"]) <= now.epoch)
+    # Of these the tracker sends what a run that was killed had no time to send.
+    for row in logged_rows(folder, watched):
+        tracker.log(row)
     last_step = min(config.epochs * len(train_loader), config.max_steps or math.inf)
     progress = Progress(config.epochs, len(train_loader))
 
-    while now.epoch < config.epochs and now.step < last_step:
-        progress.start_epoch(now.epoch + 1, now.batch)
-        training.model.train()
-        rows = BatchRows()
-        for images, labels in train_loader.epoch(now.epoch, now.batch):
-            rates = training.schedule(now.step, now.losses)
-            set_rates(training.optimizer, rates.lr, rates.momentum)
-            loss, correct = train_step(training, *training.hardware.to_device(images, labels))
-            row = {
-                "trainer/step": now.step,
-                "epoch": now.epoch + (now.batch + 1) / len(train_loader),
-                "lr": rates.lr,
-                "momentum": rates.momentum,
-            }
-            rows.add(row, len(labels), loss, correct)
-            now.step += 1
-            now.batch += 1
-            ends = now.step == last_step or now.batch == len(train_loader)
-            stops = stop_asked()
-            saves = config.save_steps is not None and now.step % config.save_steps == 0
-            if ends or stops or saves or rows.due():
-                flushed = rows.flush(now.seconds)
-                diverged = log_batches(flushed, now, history, tracker, progress)
-                if diverged:
-                    return "diverged"
-            if ends:  # an epoch that is through is evaluated and saved before a wish to stop is granted
-                break
-            if stops or saves:
-                training.save(folder / "state.pt")
-                rows.restart_clock()
-            if stops:
-                return "interrupted"
+    with Saver(folder, (history.path, epochs.path), training.tensors(), training.best) as saver:
+        while not now.ended:
+            progress.start_epoch(now.epoch + 1, now.batch)
+            training.model.train()
+            rows = BatchRows()
+            for images, labels in train_loader.epoch(now.epoch, now.batch) if now.step < last_step else ():
+                rates = training.schedule(now.step, now.losses)
+                set_rates(training.optimizer, rates.lr, rates.momentum)
+                loss, correct = train_step(training, *training.hardware.to_device(images, labels))
+                row = {
+                    "trainer/step": now.step,
+                    "epoch": now.epoch + (now.batch + 1) / len(train_loader),
+                    "lr": rates.lr,
+                    "momentum": rates.momentum,
+                }
+                rows.add(row, len(labels), loss, correct)
+                now.step += 1
+                now.batch += 1
+                ends = now.step == last_step or now.batch == len(train_loader)
+                stops = stop_asked()
+                saves = stops or save_is_due(config, now, saver)
+                if ends or saves or rows.due():
+                    flushed = rows.flush(now.seconds)
+                    if log_batches(flushed, now, history, tracker, progress):
+                        now.ended = "diverged"
+                        break
+                if saves:
+                    saver.save(training.state())
+                    rows.restart_clock()
+                if stops:
+                    return "interrupted"
+                if ends:
+                    break
 
-        evaluation = evaluate(training.evaluated, watched_batches, training.hardware)
-        end_epoch(now, evaluation)
-        row = epoch_row(now, evaluation, watched)
-        epochs.append([row])
-        tracker.log(row)
-        progress.end_epoch(watched, evaluation)
-        if now.best_epoch == now.epoch:
-            metrics = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
-            save_weights(folder / "best.safetensors", training.evaluated, {**training.facts, **metrics})
-        now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
-        through = now.epoch == config.epochs or now.step >= last_step
-        early = ends_early(row)  # before the epoch counts as done: if this process dies, the sweep hears of it again
-        training.save(folder / "state.pt")
-        if not math.isfinite(evaluation.loss):
-            return "diverged"
-        if early and not through:
-            return "stopped"
-        if stop_asked() and not through:
-            return "interrupted"
-    return "finished"
+            if now.ended:  # the state of before is the last good one, and stays
+                break
+            evaluation = evaluate(training.evaluated, until(stop_asked, watched_batches), training.hardware)
+            if stop_asked():  # it may be of a part of the images: a resumed run evaluates again
+                saver.save(training.state())
+                return "interrupted"
+            end_epoch(now, evaluation)
+            row = epoch_row(now, evaluation, watched)
+            epochs.append([row])
+            tracker.log(row)
+            progress.end_epoch(watched, evaluation)
+            if now.best_epoch == now.epoch:
+                metrics = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
+                saver.keep_best(training.evaluated.state_dict(), {**training.facts, **metrics})
+            now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
+            early = ends_early(row)  # told before the epoch counts as done: if this process dies, it is told again
+            if not math.isfinite(evaluation.loss):
+                now.ended = "diverged"
+            elif now.epoch == config.epochs or now.step >= last_step:
+                now.ended = "finished"
+            elif early:
+                now.ended = "stopped"
+            elif saver.affordable():
+                saver.save(training.state())
+        saver.save(training.state() if now.ended != "diverged" else None)
+    return now.ended
+
+
+def save_is_due(config: RunConfig, now: Progression, saver: Saver) -> bool:
+    """Tells whether the state is to be saved within an epoch: at the steps asked for, or after ten minutes."""
+    if config.save_steps is not None and now.step % config.save_steps == 0:
+        return True
+    return saver.idle_seconds() >= SAVE_SECONDS and saver.affordable()
+
+
+def until(stop_asked: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yields batches until it is asked to stop."""
+    return itertools.takewhile(lambda batch: not stop_asked(), batches)
+
+
+def logged_rows(folder: Path, watched: str) -> Iterator[Row]:
+    """Yields the rows of a run folder's batches and epochs as they were logged: an epoch's after its last batch."""
+    history, epochs = (
+        Journal(folder / "history.csv", BATCH_COLUMNS),
+        Journal(folder / "epochs.csv", epoch_columns(watched)),
+    )
+    return heapq.merge(history.rows(), epochs.rows(), key=lambda row: row["trainer/step"])
 
 
 def log_batches(

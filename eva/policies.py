@@ -27,7 +27,7 @@ from albumentations.pytorch import ToTensorV2
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
-from eva.config import UserError, read_yaml, unknown_name
+from eva.config import UserError, read_text, read_yaml, unknown_name
 
 SIZE = 32  # height and width of every image that a policy returns, in pixels
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -230,6 +230,7 @@ def _problems_told(source: str) -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: what is not finite is told by `_check_output`
         try:
             yield
         except UserError:
@@ -272,11 +273,12 @@ def _policy_from_file(path: str, tail: list[A.BasicTransform]) -> Policy:
 def _read_json(path: str) -> dict[str, Any]:
     # Not by read_yaml: PyYAML takes JSON's 1e-05 for text.
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = json.loads(read_text(path))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path!r}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path!r} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path!r} must hold a mapping, but got {type(values).__name__}")
@@ -307,6 +309,8 @@ def _check_output(source: str, policy: Policy) -> None:
         got = f"{type(output).__name__}, {output.dtype}, {tuple(output.shape)}"
         if got != f"Tensor, torch.float32, (3, {SIZE}, {SIZE})":
             raise UserError(f"{source} must make a float32 tensor (3, {SIZE}, {SIZE}) of an image, but got {got}")
+        if not torch.isfinite(output).all():
+            raise UserError(f"{source} must make finite numbers of an image: is a deviation (std) of Normalize 0?")
         if shown.dtype != np.uint8:
             rule = "must have Normalize at its top level and uint8 before it"
             raise UserError(f"{source} {rule}, but got {shown.dtype}")

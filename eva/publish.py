@@ -18,6 +18,7 @@ from eva.files import write_json
 from eva.importance import is_number
 from eva.records import EVALUATION_NAMES
 from eva.text import format_difference, format_metric, format_p, listed, printable
+from eva.wandb_client import public_api
 from eva.wandb_runs import names_project
 
 # What the curves show: of the split that was watched, of the epoch's training images, and of each batch.
@@ -146,10 +147,8 @@ def _absent_runs(comparison: Comparison, project: str) -> list[str]:
     Raises:
         UserError: It holds none of them, so that there is nothing to show.
     """
-    import wandb
-
     ids = [row.record.id for row in comparison.rows]
-    found = {run.id for run in wandb.Api().runs(project, {"name": {"$in": ids}})}
+    found = {run.id for run in public_api().runs(project, {"name": {"$in": ids}})}
     absent = [row.label for row in comparison.rows if row.record.id not in found]
     if len(absent) == len(ids):
         raise UserError(f"W&B project {project!r} has none of the compared runs; wandb sync uploads offline ones")

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,11 @@ SUMMARY_NAMES = (
 )
 EVALUATION_NAMES = ("split", "count", "loss", "accuracy", "top_k", "macro_f1", "ece", "tta", "data_fingerprint")
 COMPARED_JOBS = ("train", "evaluate")
+# What these hold; all others are a number or a word. What is something else is of another version, or damaged.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("status", "job", "recipe", "data", "data_fingerprint", "selected_on", "split", "tta"), str),
+    **{"hardware": dict, "found": list, "top_k": dict, "evaluation": dict},
+}
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -172,13 +178,15 @@ def known_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _present(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name in names if (value := plain(values.get(name))) is not None}
+    present = {name: plain(values.get(name)) for name in names}
+    return {name: value for name, value in present.items() if isinstance(value, KINDS.get(name, int | float | str))}
 
 
 def plain(value: Any) -> Any:
     """Returns a value as it is alike from a folder and from W&B, which gives 1.0 back as 1, and keys in any order.
 
-    Whole numbers are ints, numbers that are not finite are None, tuples are lists, and mappings have sorted keys.
+    Whole numbers are ints, numbers that are not finite, or too large for a float, are None, tuples are lists, and
+    mappings have sorted keys.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(value[key]) for key in sorted(value, key=str)}
@@ -186,6 +194,8 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return None
     return finite(value)
 
 

@@ -1,12 +1,15 @@
 """The folder of a run: made, read, and refused where it isn't what it should be."""
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
 import secrets
 import string
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,15 @@ import yaml
 
 from eva.config import Layer, RunConfig, UserError, read_yaml, resolve, to_dict
 from eva.files import finite, read_json, write_atomically
+from eva.wandb_client import clients
+
+# Where a run's states are, as NUMBER-DIGEST.pt.
+STATES = "state"
+LOCK = ".lock"
+# What a run writes before config.yaml: a folder with no more than this can be begun in once more.
+FIRST_FILES = frozenset({LOCK, "policy.json", "summary.json"})
+# How long to wait for what a process that died leaves running.
+WAIT_SECONDS = 15.0
 
 
 def new_run_id() -> str:
@@ -33,7 +45,8 @@ def make_run_folder(config: RunConfig, run_id: str | None = None) -> tuple[str, 
     folder = Path(config.out or Path("runs") / run_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        names = {path.name for path in folder.iterdir()}
+        if names - FIRST_FILES or (names and LOCK not in names):
             raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
     except OSError as error:
         raise UserError(f"cannot make run folder {str(folder)!r}: {error.strerror}; choose another --out") from None
@@ -51,19 +64,66 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"run folder {str(folder)!r} is read-only; choose another --out")
 
 
+def saved_states(folder: Path) -> list[Path]:
+    """Returns the files of a run's states, damaged or not, the newest first."""
+    return sorted((folder / STATES).glob("[0-9]*-*.pt"), key=state_number, reverse=True)
+
+
+def state_number(path: Path) -> int:
+    """Returns the number of a state, from its file's name."""
+    number = path.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run folder; the kernel ends this when the process dies, however it does.
+
+    What a killed process leaves running is waited for: its data workers, and W&B's client, which stores and sends what
+    it has for some two seconds. On a disk that knows no locks nothing is held.
+
+    Raises:
+        UserError: Another process has the folder.
+    """
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not _locked(file.fileno()):
+            if time.monotonic() > deadline:
+                raise UserError(f"the run in {str(folder)!r} is being trained by another process")
+            time.sleep(0.1)
+        file.seek(0)
+        before = file.read()
+        while (
+            before.isdecimal() and int(before) != os.getpid() and clients(int(before)) and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _locked(number: int) -> bool:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    return True
+
+
 def check_resumable(folder: Path) -> dict[str, Any]:
     """Returns the summary of a run folder that can be gone on in.
 
     Raises:
-        UserError: It is no run folder, its run ended, or it has no state to go on from.
+        UserError: It is no run folder, its run ended, or its state is that of an older version of eva.
     """
     summary = read_summary(folder)
-    if summary.get("status") in ("finished", "diverged"):
+    if summary.get("status") in ("finished", "diverged", "stopped"):
         raise UserError(f"the run in {str(folder)!r} has ended (status {summary['status']!r}): nothing to resume")
-    if not (folder / "state.pt").exists():
-        raise UserError(
-            f"the run in {str(folder)!r} has no state.pt: it ended before its first epoch did; start it anew"
-        )
+    if (folder / "state.pt").exists() and not saved_states(folder):
+        raise UserError(f"the state of the run in {str(folder)!r} is that of an older version of eva; start it anew")
     return summary
 
 

@@ -16,7 +16,18 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eva.config import FIELDS, READ_ONLY_WITH, RunConfig, UserError, default_of, to_dict
+from eva.config import (
+    FIELDS,
+    MOST_BYTES,
+    MOST_VALUES,
+    READ_ONLY_WITH,
+    RunConfig,
+    UserError,
+    check_size,
+    default_of,
+    read_text,
+    to_dict,
+)
 from eva.distributions import Distribution
 from eva.distributions import config_problems as parameter_problems
 from eva.hyperband import Hyperband
@@ -52,10 +63,6 @@ UNSUPPORTED = {
 # What W&B's bayes takes for the metric of trials that have none.
 IMPUTED = {"impute": ("latest", "best", "worst"), "impute_while_running": ("latest", "best", "worst", "false")}
 METRIC_KEYS = ("name", "goal", "target", *IMPUTED)
-
-# A file with more values than this, aliases followed, is no sweep; aliases of aliases make them out of a few lines.
-MOST_VALUES = 100_000
-MOST_BYTES = 4 * 2**20
 
 KeyPath = tuple[str | int, ...]
 
@@ -168,9 +175,9 @@ def inspect_sweep(path: str | Path) -> tuple[Sweep | None, list[Problem]]:
     """
     source = Path(path)
     try:
-        if source.stat().st_size > MOST_BYTES:
-            return None, [Problem(0, f"a sweep must have at most {MOST_BYTES} bytes")]
-        text = source.read_text(encoding="utf-8-sig")
+        text = read_text(source, "utf-8-sig")
+    except UserError:
+        return None, [Problem(0, f"a sweep must have at most {MOST_BYTES} bytes")]
     except UnicodeDecodeError as error:
         return None, [Problem(0, f"the file is not UTF-8: {error.reason} at byte {error.start}")]
     except (OSError, ValueError) as error:
@@ -227,25 +234,23 @@ def _check_node(loader: yaml.SafeLoader, root: yaml.Node, problems: list[Problem
     Raises:
         yaml.MarkedYAMLError: It cannot be made into values: aliases go in circles or explode, a value has no meaning.
     """
-    sizes: dict[int, int] = {}  # values below each node, aliases followed, by its id; 0 while it is being looked at
+    check_size(root)
+    known: set[int] = set()  # ids of the nodes that were looked at
 
-    def visit(node: yaml.Node) -> int:
-        if id(node) in sizes:
-            if not sizes[id(node)]:
-                _fail("an alias (*) stands inside of what it is an alias of", node)
-            return sizes[id(node)]
-        sizes[id(node)] = 0
+    def visit(node: yaml.Node) -> None:
+        if id(node) in known:
+            return
+        known.add(id(node))
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(loader, node, problems)
         elif isinstance(node, yaml.MappingNode):
             _check_keys(node, problems)
         if node.tag in ("tag:yaml.org,2002:set", "tag:yaml.org,2002:omap", "tag:yaml.org,2002:pairs"):
             _fail(f"a sweep cannot hold YAML's {node.tag.rpartition(':')[2]}", node)
-        sizes[id(node)] = 1 + sum(map(visit, _children(node)))
-        return sizes[id(node)]
+        for child in _children(node):
+            visit(child)
 
-    if visit(root) > MOST_VALUES:
-        _fail(f"a sweep must have at most {MOST_VALUES} values, aliases followed", root)
+    visit(root)
 
 
 def _fail(problem: str, node: yaml.Node) -> NoReturn:

@@ -21,6 +21,7 @@ from eva.files import read_json, write_json
 from eva.run_folder import read_summary
 from eva.sweep_file import Sweep
 from eva.tracker import choose_mode
+from eva.wandb_client import public_api
 
 PARALLEL = 8  # runs sent at once
 CONNECT_SECONDS = 10  # in which W&B has to answer a question
@@ -164,10 +165,8 @@ def _connect() -> Any:
         choose_mode("online")
     except UserError:  # its advice is about a run
         raise UserError("publishing needs a W&B account: run `wandb login`") from None
-    import wandb
-
     with _told("cannot reach W&B"):
-        return wandb.Api(timeout=CONNECT_SECONDS)
+        return public_api(timeout=CONNECT_SECONDS)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from eva.files import read_json
 from eva.ranking import RESULTS
 from eva.records import read_columns
+from eva.run_folder import STATES, saved_states
 from eva.search import Claimed, Search, reaching
 from eva.sweep_file import Sweep, arguments, command_line, warm_command
 from eva.sweep_folder import SweepFolder, open_sweep_folder
@@ -94,7 +95,7 @@ def run_trial(folder: SweepFolder, search: Search, claimed: Claimed, lock: int) 
     status = ended_status(run_folder)
     code, told = 0, ""
     if status is None:
-        if not (run_folder / "state.pt").exists():
+        if not saved_states(run_folder):
             shutil.rmtree(run_folder, ignore_errors=True)  # of an attempt that died before there was anything to keep
         try:
             with beating(search, number, folder.shares_storage):
@@ -105,6 +106,7 @@ def run_trial(folder: SweepFolder, search: Search, claimed: Claimed, lock: int) 
         status = ended_status(run_folder)
     seconds = time.monotonic() - started
     if status in RESULTS:
+        shutil.rmtree(run_folder / STATES, ignore_errors=True)  # a hundred trials would fill the disk with them
         search.finish(number, status, objective(run_folder, search.metric), seconds)
     elif code == EXIT_INTERRUPTED:
         search.spend(number, seconds)

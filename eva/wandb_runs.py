@@ -16,6 +16,7 @@ from eva.loop import BATCH_COLUMNS, epoch_columns
 from eva.predictions import Predictions, load_images
 from eva.records import EVALUATION_NAMES, Images, RunRecord, asked_config, known_summary, missing_parts
 from eva.tracker import choose_mode
+from eva.wandb_client import public_api
 
 # ENTITY/PROJECT/NAME:ALIAS, the entity may be left out. W&B refuses / \ # ? % : in the name of a project.
 PROJECT_NAME = r"[^/\\#?%:\s][^/\\#?%:]*"
@@ -79,9 +80,7 @@ def _api(name: str) -> Any:
         choose_mode("online")
     except UserError:  # wandb would ask for a key
         raise UserError(f"no path {name!r} here, and to read it from W&B needs an account: run `wandb login`") from None
-    import wandb
-
-    return wandb.Api()
+    return public_api()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,27 @@ def loopback() -> Iterator[LoopbackServer]:
     """A W&B server on this machine. Who uses it keeps to projects of their own, and to processes of their own."""
     with LoopbackServer() as server:
         yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Makes disks in memory: `small_disk("256k")` is the folder of one that holds so much, gone after the test.
+
+    Further arguments are mount options, such as "nr_inodes=10" for a disk that holds so many files and folders.
+    """
+    mounted: list[Path] = []
+
+    def mount(size: str, *options: str) -> Path:
+        folder = tmp_path_factory.mktemp("disk")
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a small disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:

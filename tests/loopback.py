@@ -4,12 +4,17 @@ It knows what wandb 0.31 asks, and answers what that client needs, which is less
 """
 
 import base64
+import contextlib
 import fnmatch
 import json
 import math
 import mimetypes
+import random
 import re
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,9 +68,17 @@ class LoopbackServer:
         unknown: What was asked and not understood; a test asserts that there is nothing.
         operations: What answers a GraphQL operation, given its variables; a test may put its own there.
         lost_answers: How many of the next posts of rows are stored, and then answered as if they were not.
+        latency: Seconds that every answer takes.
+        failing: The share of all requests that is answered with status 500, and does nothing.
+        silent: Whether requests are taken and never answered; those that wait are dropped once it is False again.
+        rejects_key: Whether the account's key counts as invalid.
     """
 
     def __init__(self) -> None:
+        self.latency = self.failing = 0.0
+        self.silent = self.rejects_key = False
+        self._chance = random.Random(0)
+        self._port = 0  # until it is started: any that is free
         self.runs: dict[Key, Run] = {}
         self.artifacts: dict[Key, Collection] = {}
         self.sweeps: dict[Key, Sweep] = {}
@@ -121,22 +134,32 @@ class LoopbackServer:
         self.operations = {name: handler for names, handler in table.items() for name in names.split()}
 
     def __enter__(self) -> Self:
-        self._http = _HttpServer(self)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begins to serve, after a stop with all that it had, where it was before."""
+        self._http = _HttpServer(self, self._port)
+        self._port = self._http.server_address[1]
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Dies: breaks off every connection, and takes no new one. Does nothing if it is dead."""
         self._http.shutdown()
         self._http.server_close()
+        self._http.break_off()
         self._thread.join()
 
     @property
     def url(self) -> str:
         """Where clients find it."""
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return f"http://127.0.0.1:{self._port}"
 
     def environment(self) -> dict[str, str]:
         """Returns the variables under which wandb speaks to this server, without delay, and to no other."""
@@ -157,6 +180,17 @@ class LoopbackServer:
         return found
 
     # Requests
+
+    def disturb(self) -> None:
+        """Does to a request what the server is told to do to requests; a ConnectionError ends it unanswered."""
+        time.sleep(self.latency)
+        if self.silent:
+            while self.silent and self._http.serves:
+                time.sleep(0.05)
+            raise ConnectionError
+        with self._lock:
+            if self._chance.random() < self.failing:
+                raise Refusal("something broke here", HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def answer(self, request: Json) -> Json:
         """Returns the data that a GraphQL request asks for."""
@@ -191,6 +225,7 @@ class LoopbackServer:
                     case _:
                         self.unknown.append(f"rows of {name}")
             run.state, run.exit_code = "running", None
+            run.preempting = run.preempting or bool(post.get("preempting"))
             if post.get("complete"):
                 run.exit_code = post["exitcode"]
                 run.state = "finished" if run.exit_code == 0 else "failed"
@@ -511,9 +546,31 @@ class LoopbackServer:
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, loopback: LoopbackServer) -> None:
-        super().__init__(("127.0.0.1", 0), _Connection)
+    def __init__(self, loopback: LoopbackServer, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Connection)
         self.loopback = loopback
+        self.serves = True
+        self._open: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def break_off(self) -> None:
+        """Ends what goes over the open connections."""
+        self.serves = False
+        for request in tuple(self._open):
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a connection that was broken off, at whichever end."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Connection(BaseHTTPRequestHandler):
@@ -536,7 +593,11 @@ class _Connection(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         status = HTTPStatus.OK
         try:
+            self.server.loopback.disturb()
             content = self._content(body)
+        except ConnectionError:
+            self.close_connection = True
+            return
         except Refusal as refusal:
             status, content = refusal.status, json.dumps({"errors": [{"message": str(refusal)}]}).encode()
         except Exception as error:  # the client says only that it got an error; the test must see which
@@ -568,7 +629,8 @@ class _Connection(BaseHTTPRequestHandler):
         raise Refusal(f"nothing at {path}", HTTPStatus.NOT_FOUND)
 
     def _check_key(self) -> None:
-        if self.headers.get("Authorization") != "Basic " + base64.b64encode(f"api:{API_KEY}".encode()).decode():
+        expected = "Basic " + base64.b64encode(f"api:{API_KEY}".encode()).decode()
+        if self.server.loopback.rejects_key or self.headers.get("Authorization") != expected:
             raise Refusal("this key opens nothing here", HTTPStatus.UNAUTHORIZED)
 
     def log_message(self, format: str, *values: object) -> None:

@@ -39,6 +39,7 @@ class Run:
         history: Rows as they were sent: dictionaries stay nested, NaN is NaN.
         events: Rows of system metrics.
         output: Lines of the console, with level and time as wandb writes them.
+        preempting: Whether its machine was being taken away.
         files: Bytes by name, media among them.
     """
 
@@ -56,6 +57,7 @@ class Run:
     history: list[Json] = field(default_factory=list)
     events: list[Json] = field(default_factory=list)
     output: list[str] = field(default_factory=list)
+    preempting: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     group: str | None = None
     job_type: str | None = None

@@ -28,8 +28,9 @@ do = given["do"].rstrip("0123456789")
 with open(trial.folder.parent / "runs.log", "a") as log:
     log.write(f"{trial.folder.name}\\n")
 trial.folder.mkdir(exist_ok=True)
-first = not (trial.folder / "state.pt").exists()
-(trial.folder / "state.pt").touch()
+first = not (trial.folder / "state").exists()
+(trial.folder / "state").mkdir(exist_ok=True)
+(trial.folder / "state" / "000001-0.pt").touch()
 facts = {"arguments": trial.arguments, "argv": sys.argv, "run_id": trial.run_id, "group": trial.group,
          "pid": os.getpid(), "cwd": os.getcwd(), "path": sys.path[0], "name": __name__,
          "threads": os.environ.get("OMP_NUM_THREADS"), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}

@@ -1,18 +1,21 @@
 """Files of weights and states: exact, whole or not at all, and never executed."""
 
+import hashlib
 import io
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
-from eva.checkpoints import load_state, load_weights, save_state, save_weights
+from eva.checkpoints import Buffers, Saver, load_weights, newest_state, save_state, save_weights
 from eva.config import UserError
 from eva.files import write_atomically, write_json
 
@@ -38,7 +41,7 @@ class Planted:
 def test_weights_come_back_to_the_bit_in_any_memory_format(tmp_path: Path, memory_format: torch.memory_format) -> None:
     saved = make_model().to(memory_format=memory_format)
     loaded = make_model(seed=1).to(memory_format=memory_format)
-    save_weights(tmp_path / "w.safetensors", saved, {})
+    save_weights(tmp_path / "w.safetensors", saved.state_dict(), {})
     load_weights(tmp_path / "w.safetensors", loaded)
     assert saved.state_dict().keys() == loaded.state_dict().keys()
     for name, tensor in saved.state_dict().items():
@@ -47,7 +50,9 @@ def test_weights_come_back_to_the_bit_in_any_memory_format(tmp_path: Path, memor
 
 
 def test_metadata_holds_the_facts_and_null_for_what_is_not_finite(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.safetensors", make_model(), {"epoch": 3, "val/accuracy": 0.5, "loss": math.nan})
+    save_weights(
+        tmp_path / "w.safetensors", make_model().state_dict(), {"epoch": 3, "val/accuracy": 0.5, "loss": math.nan}
+    )
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["eva"]) == {"epoch": 3, "val/accuracy": 0.5, "loss": None}
@@ -55,7 +60,7 @@ def test_metadata_holds_the_facts_and_null_for_what_is_not_finite(tmp_path: Path
 
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save_weights(path, make_model(), {})
+    save_weights(path, make_model().state_dict(), {})
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -72,7 +77,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_executed(tmp_path: Path) -> Non
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.safetensors", make_model(channels=4), {})
+    save_weights(tmp_path / "w.safetensors", make_model(channels=4).state_dict(), {})
     with pytest.raises(UserError, match=r"holds another architecture: .*size mismatch"):
         load_weights(tmp_path / "w.safetensors", make_model(channels=5))
 
@@ -80,44 +85,135 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint at '.*gone\.safetensors'"):
         load_weights(tmp_path / "gone.safetensors", make_model())
-    with pytest.raises(UserError, match=r"no state to resume from at '.*state\.pt'"):
-        load_state(tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"no state to resume from in '.*state'"):
+        newest_state(tmp_path)
+
+
+# States
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"tensor": torch.randn(3, 2), "nested": {"list": [1, 2.5, None], "tuple": (1, (2, 3))}, "inf": math.inf}
-    save_state(tmp_path / "state.pt", state)
-    loaded = load_state(tmp_path / "state.pt")
+    path = save_state(tmp_path, state)
+    loaded, read = newest_state(tmp_path)
+    assert read == path
     assert torch.equal(loaded.pop("tensor"), state.pop("tensor"))  # type: ignore[arg-type]
-    assert loaded == {"format": 1, **state}
+    assert loaded == {"format": 2, **state}
 
 
-def test_a_truncated_state_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state.pt"
-    save_state(path, {"tensor": torch.zeros(1000)})
+def test_the_last_two_states_stay_and_tell_their_digest(tmp_path: Path) -> None:
+    for step in range(12):
+        save_state(tmp_path, {"step": step})
+    paths = sorted((tmp_path / "state").iterdir())
+    assert [path.name[:7] for path in paths] == ["000011-", "000012-"]
+    for path in paths:
+        assert path.stem[7:] == hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    assert newest_state(tmp_path)[0]["step"] == 11
+
+
+def test_a_damaged_state_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = save_state(tmp_path, {"tensor": torch.zeros(1000)})
+    path = save_state(tmp_path, {"tensor": torch.ones(1000)})
     whole = path.read_bytes()
-    for length in (0, 1, 60, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"state\.pt' is not a readable state: .+"):
-            load_state(path)
+    flipped = bytes([*whole[:700], whole[700] ^ 1, *whole[701:]])  # in the tensor: torch itself would not notice
+    for content in (flipped, *(whole[:length] for length in (0, 1, 60, len(whole) // 2, len(whole) - 1))):
+        path.write_bytes(content)
+        state, read = newest_state(tmp_path)
+        assert read == before and not state["tensor"].any()
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and f"warning: the state {str(path)!r} is damaged" in told and str(before) in told
+    before.write_bytes(b"")
+    with pytest.raises(UserError, match=r"000002-.*is damaged.*\n.*000001-.*is damaged") as raised:
+        newest_state(tmp_path)
+    assert str(raised.value).count("\n") == 1
+
+
+def put_state(folder: Path, content: bytes) -> None:
+    """Lays a file in the place of a state, its digest right."""
+    (folder / "state").mkdir()
+    (folder / "state" / f"000001-{hashlib.sha256(content).hexdigest()[:32]}.pt").write_bytes(content)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_state_with_a_planted_pickle_is_refused_and_not_executed(tmp_path: Path, legacy: bool) -> None:
-    path, planted = tmp_path / "state.pt", tmp_path / "planted"
-    torch.save({"format": 1, "model": Planted(planted)}, path, _use_new_zipfile_serialization=not legacy)
+    planted, file = tmp_path / "planted", io.BytesIO()
+    torch.save({"format": 2, "model": Planted(planted)}, file, _use_new_zipfile_serialization=not legacy)
+    put_state(tmp_path, file.getvalue())
     with pytest.raises(UserError, match="not a readable state"):
-        load_state(path)
+        newest_state(tmp_path)
     assert not planted.exists()
-    torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
+    torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     assert planted.exists()  # the trap does work
 
 
-@pytest.mark.parametrize("content", [{"format": 0}, {"model": {}}, [1, 2]])
+@pytest.mark.parametrize("content", [{"format": 1}, {"model": {}}, [1, 2]])
 def test_a_state_of_another_format_is_refused(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(UserError, match=r"no state of this version of eva \(format 1\)"):
-        load_state(tmp_path / "state.pt")
+    file = io.BytesIO()
+    torch.save(content, file)
+    put_state(tmp_path, file.getvalue())
+    with pytest.raises(UserError, match=r"no state of this version of eva \(format 2\)"):
+        newest_state(tmp_path)
+
+
+def test_a_full_disk_is_said_and_costs_no_earlier_state(small_disk: Callable[..., Path]) -> None:
+    folder = small_disk("1m")
+    first = save_state(folder, {"tensor": torch.ones(1 << 16)})
+    with pytest.raises(OSError, match="No space left on device"):
+        save_state(folder, {"tensor": torch.ones(1 << 18)})
+    assert list((folder / "state").iterdir()) == [first]
+    assert newest_state(folder)[0]["tensor"].all()
+
+
+# Saving beside the training
+
+
+def test_copies_are_equal_independent_and_made_in_the_same_memory_again() -> None:
+    model = make_model().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(5, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    live: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "plain": [1, (2, None)]}
+    buffers = Buffers(model.state_dict().values())
+    places = []
+    for _ in range(3):
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        copied = buffers.copy(live)
+        assert copied["plain"] == live["plain"]
+        for name, tensor in live["model"].items():
+            assert torch.equal(copied["model"][name], tensor) and copied["model"][name].stride() == tensor.stride()
+            assert copied["model"][name].data_ptr() != tensor.data_ptr()
+        momentum = copied["optimizer"]["state"][0]["momentum_buffer"]
+        assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
+        places.append({tensor.data_ptr() for tensor in (*copied["model"].values(), momentum)})
+        buffers.give_back(copied)
+    assert places[1] == places[2]
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    tensor = torch.zeros(1 << 20)
+    with Saver(tmp_path, (), [tensor], None) as saver:
+        for number in range(4):
+            tensor.fill_(number)
+            if number == 2:
+                saver.keep_best({"weight": tensor}, {"epoch": number})
+            saver.save({"tensor": tensor})
+            tensor.fill_(-1)
+    state, _ = newest_state(tmp_path)
+    assert state["tensor"].eq(3).all()
+    assert state["best"]["weights"]["weight"].eq(2).all() and state["best"]["facts"] == {"epoch": 2}
+    assert load_file(tmp_path / "best.safetensors")["weight"].eq(2).all()
+
+
+def test_what_a_thread_could_not_write_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    with pytest.raises(FileExistsError, match="state"), Saver(tmp_path, (), [], None) as saver:
+        saver.save({"step": 1})
+
+
+# Files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from conftest import BIN, SMALL_RUN, OfflineRun, flags, inspect
 from PIL import Image
 from safetensors.torch import load_file
 
-from eva import experiment
-from eva.checkpoints import load_state, load_weights
-from eva.config import Layer, RunConfig, UserError, read_yaml, resolve
+from eva import experiment, run_folder
+from eva.checkpoints import load_weights, newest_state
+from eva.config import Failure, Layer, RunConfig, UserError, read_yaml, resolve
 from eva.evaluation import evaluate, predict
 from eva.experiment import build, find_lr, show_policy, show_schedule, stop_signals, train
 from eva.predictions import Predictions
@@ -37,6 +37,11 @@ def make_config(out: Path, **settings: Any) -> RunConfig:
     return config
 
 
+def without_clock(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    clock = ("images_per_second", "seconds", "train_epoch/seconds")
+    return [{name: text for name, text in row.items() if name not in clock} for row in rows]
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -52,7 +57,8 @@ def test_a_run_leaves_its_files(offline_run: OfflineRun) -> None:
         "history.csv",
         "epochs.csv",
         "best.safetensors",
-        "state.pt",
+        "state",
+        ".lock",
         "model.txt",
         "policy.json",
         "predictions.npz",
@@ -98,17 +104,14 @@ def test_the_written_configuration_gives_the_same_run(offline_run: OfflineRun, t
     assert result.status == "finished"
     for name in ("history.csv", "epochs.csv"):
         ours, theirs = rows(tmp_path / "run" / name), rows(offline_run.folder / name)
-        for row in (*ours, *theirs):
-            for clock in ("images_per_second", "seconds", "train_epoch/seconds"):
-                row.pop(clock, None)
-        assert ours == theirs
+        assert without_clock(ours) == without_clock(theirs)
     assert result.summary["test_loss_best"] == offline_run.summary["test_loss_best"]
     assert not (tmp_path / "run" / "wandb").exists()
     # It was not evaluated. The weights are the same all the same: the last ones stay where they are.
     assert not {path.name for path in (tmp_path / "run").iterdir()} & EVALUATED
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == {"loss", "accuracy", "lr"}
     assert "evaluation" not in result.summary
-    ours, theirs = (load_state(folder / "state.pt")["model"] for folder in (tmp_path / "run", offline_run.folder))
+    ours, theirs = (newest_state(folder)[0]["model"] for folder in (tmp_path / "run", offline_run.folder))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     best = load_file(offline_run.folder / "best.safetensors")
     assert all(
@@ -251,7 +254,7 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         ("{", "is damaged: it is not JSON"),
         ("[]", "is no summary of a run"),
         ('{"status": "finished", "wandb_id": "a"}', r"has ended \(status 'finished'\): nothing to resume"),
-        ('{"status": "failed", "wandb_id": "a"}', "has no state.pt"),
+        ('{"status": "stopped", "wandb_id": "a"}', r"has ended \(status 'stopped'\): nothing to resume"),
     ],
 )
 def test_what_is_no_interrupted_run_is_not_resumed(tmp_path: Path, content: str | None, message: str) -> None:
@@ -261,11 +264,43 @@ def test_what_is_no_interrupted_run_is_not_resumed(tmp_path: Path, content: str 
         train(make_config(tmp_path), resume=tmp_path)
 
 
-def test_an_error_in_the_middle_leaves_the_status_failed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), experiment.open_run(make_config(tmp_path / "run"), "train"):
-        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
+def test_the_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"status": "interrupted", "wandb_id": "a"}')
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(UserError, match="is that of an older version of eva; start it anew"):
+        train(make_config(tmp_path), resume=tmp_path)
+
+
+def test_a_bug_is_one_line_and_its_traceback_is_in_the_run_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    told = r"ZeroDivisionError: .* \(a bug: the traceback is in .*log\.txt\)"
+    with pytest.raises(Failure, match=told), experiment.open_run(make_config(folder), "train"):
+        assert json.loads((folder / "summary.json").read_text())["status"] == "running"
         print(1 / 0)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    log = (folder / "log.txt").read_text()
+    assert "Traceback (most recent call last)" in log and "print(1 / 0)" in log
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
+    with experiment.open_run(make_config(tmp_path / "run"), "train"):
+        with pytest.raises(UserError, match="is being trained by another process"):
+            train(make_config(tmp_path / "run"), resume=tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
+
+
+def test_a_run_without_a_state_begins_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    with experiment.open_run(config, "train"):  # as a process leaves it that was killed before its first epoch ended
+        pass
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert train(config, resume=tmp_path / "run").status == "finished"
+    whole = train(make_config(tmp_path / "whole"))
+    assert whole.summary["wandb_id"] != summary["wandb_id"]
+    for name in ("history.csv", "epochs.csv"):
+        ours, theirs = (without_clock(rows(folder / name)) for folder in (tmp_path / "run", tmp_path / "whole"))
+        assert ours == theirs and len(ours) > 1
 
 
 # Stopping
@@ -340,11 +375,14 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
 # What W&B and a changed world may not do to a run
 
 
-def test_a_bad_account_is_one_line_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_account_costs_no_run_and_leaves_no_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "bad")
-    with pytest.raises(UserError, match=r"W&B did not begin the run .*40.* characters.*--tracking=offline") as caught:
-        train(make_config(tmp_path / "run", tracking="online"))
-    assert "\n" not in str(caught.value)
+    result = train(make_config(tmp_path / "run", tracking="online"))
+    assert (result.status, result.summary["wandb_mode"]) == ("finished", "offline")
+    told = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
+    assert len(told) == 1 and "40" in told[0] and "it is tracked offline" in told[0]
     assert "WANDB_DATA_DIR" not in os.environ
 
 
@@ -394,7 +432,8 @@ def test_a_layer_that_grad_cam_cannot_use_is_told_before_the_training(tmp_path: 
 
 
 def test_a_run_that_fails_is_told_to_wandb_as_failed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), experiment.open_run(make_config(tmp_path, tracking="offline"), "train"):
+    config = make_config(tmp_path, tracking="offline")
+    with pytest.raises(Failure, match="ZeroDivisionError"), experiment.open_run(config, "train"):
         raise ZeroDivisionError
     summary = json.loads((tmp_path / "summary.json").read_text())
     updates = [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva import loop
+from eva.checkpoints import newest_state
 from eva.config import Layer, RunConfig, UserError, resolve
 from eva.data import Split, TrainLoader, channel_statistics, limit, load_dataset, train_loader
 from eva.evaluation import Evaluation
@@ -24,6 +25,7 @@ from eva.hardware import Hardware
 from eva.loop import BATCH_COLUMNS, Journal, Training, epoch_columns, fit, prepare
 from eva.policies import build_policy
 from eva.progress import Progress
+from eva.run_folder import saved_states
 from eva.schedules import build_schedule
 from eva.tracker import RecordingTracker
 
@@ -95,6 +97,7 @@ def run(
     images: int = 100,
     *,
     stop_at: float = math.inf,
+    stop: Callable[[], bool] = lambda: False,
     resume: bool = False,
     watched: str = "val",
     spy: Callable[[Training, RecordingTracker], None] = lambda training, tracker: None,
@@ -105,12 +108,12 @@ def run(
     loader = make_loader(config, images)
     training = prepare(config, FP32, make_model(config), len(loader))
     if resume:
-        training.load(folder / "state.pt")
+        training.load(folder)
     tracker = RecordingTracker()
 
     def stop_asked() -> bool:
         spy(training, tracker)
-        return training.progression.step >= stop_at
+        return training.progression.step >= stop_at or stop()
 
     status = fit(training, loader, watched_batches(images), watched, folder, tracker, stop_asked, ends_early)
     return Trained(status, training, tracker, folder)
@@ -187,8 +190,9 @@ def test_rows_are_fetched_together_and_none_is_lost(tmp_path: Path, monkeypatch:
         images=80,
         spy=lambda _, tracker: arrived.append(sum("train/loss" in row for row in tracker.rows)),
     )
-    # Asked after each of 8 steps, before they are fetched, and once after the epoch: groups of 3, 3 and 2.
-    assert arrived == [0, 0, 0, 3, 3, 3, 6, 6, 8, 8, 8, 8, 11, 11, 11, 14, 14, 16]
+    # Asked after each of 8 steps, before they are fetched, before the evaluation's only batch, and after it: groups of
+    # 3, 3 and 2.
+    assert arrived == [0, 0, 0, 3, 3, 3, 6, 6, 8, 8, 8, 8, 8, 11, 11, 11, 14, 14, 16, 16]
     assert [row["trainer/step"] for row in done.batch_rows] == list(range(16))
 
 
@@ -222,15 +226,19 @@ def test_no_batch_waits_for_the_device(
     run(tmp_path / "first", make_config(epochs=1), images=160)  # so that data and policy are there
     for name in ("tolist", "__bool__", "__float__", "__int__"):
         counted(name)
-    after_a_step: list[int] = []
+    after_a_step: dict[int, int] = {}
     with CountScalars() as scalars:  # type: ignore[no-untyped-call]
-        done = run(tmp_path / "run", config, images=160, spy=lambda *_: after_a_step.append(scalars.count))
+
+        def note(training: Training, _: RecordingTracker) -> None:
+            after_a_step.setdefault(training.progression.step, scalars.count)
+
+        done = run(tmp_path / "run", config, images=160, spy=note)
     assert len(done.batch_rows) == 80
     # 40 steps an epoch are fetched as 32 and 8; the two numbers of each evaluation are all else that is asked for.
     assert calls["tolist"] == 4
     assert sum(calls[name] for name in ("__bool__", "__float__", "__int__")) == 0
-    in_epoch = after_a_step[:40], after_a_step[41:81]
-    assert all(max(counts) == min(counts) for counts in in_epoch)
+    for steps in (range(1, 41), range(41, 81)):
+        assert len({after_a_step[step] for step in steps}) == 1
 
 
 # Against a loop by hand
@@ -349,24 +357,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_row_as_the_last(tmp
 
 
 def test_divergence_leaves_the_best_weights_and_the_state_of_before(tmp_path: Path) -> None:
-    # A rate that is fine for the first epoch and absurd from the second on.
-    settings: dict[str, Any] = {"schedule": "step", "lr_max": 0.05, "lr_steps": [1], "epochs": 9}
-    kept: dict[str, bytes] = {}
-
     def spoil(training: Training, _: RecordingTracker) -> None:
-        if training.progression.epoch == 1 and not kept:
-            for name in ("best.safetensors", "state.pt"):
-                path = tmp_path / "run" / name
-                if path.exists():
-                    kept[name] = path.read_bytes()
+        if training.progression.epoch == 1:
             with torch.no_grad():
                 next(training.model.parameters()).fill_(math.nan)
 
-    done = run(tmp_path / "run", make_config(**settings), spy=spoil)
-    assert done.status == "diverged"
-    assert [row["trainer/step"] for row in done.batch_rows] == list(range(6))  # 5 of the first epoch, then NaN
+    done = run(tmp_path / "run", make_config(lr_max=0.05, epochs=9), spy=spoil)
+    whole = run(tmp_path / "whole", make_config(lr_max=0.05, epochs=9), ends_early=lambda row: True)
+    assert (done.status, whole.status) == ("diverged", "stopped")
+    assert [row["trainer/step"] for row in done.batch_rows] == list(range(7))  # 5 of the first epoch, one before NaN
     assert len(done.epoch_rows) == 1
-    assert {name: (done.folder / name).read_bytes() for name in kept} == kept and len(kept) == 2
+    left, right = (load_file(folder / "best.safetensors") for folder in (done.folder, whole.folder))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    (before, _), (good, _) = (newest_state(folder) for folder in (done.folder, whole.folder))
+    assert before["progression"]["step"] == 5 and good["model"].keys() == before["model"].keys()
+    assert all(torch.equal(tensor, good["model"][name]) for name, tensor in before["model"].items())
 
 
 # Resume
@@ -395,7 +400,7 @@ def test_an_interrupted_run_that_goes_on_is_the_uninterrupted_one(
     torch.rand(3)  # the generators are elsewhere by now
     second = run(tmp_path / "run", config, resume=True)
     assert second.status == "finished"
-    assert [row["trainer/step"] for row in second.batch_rows] == list(range(stop_at, 20))
+    assert without_clock(second.tracker.rows) == without_clock(uninterrupted.tracker.rows)  # W&B takes what it lacks
     for name in ("history.csv", "epochs.csv"):
         assert without_clock(second.csv(name)) == without_clock(uninterrupted.csv(name))
     for model in ("model", "averaged"):
@@ -408,11 +413,25 @@ def test_the_plateau_of_the_interrupted_run_did_drop_the_rate(uninterrupted: Tra
     assert len({row["lr"] for row in uninterrupted.batch_rows}) > 1
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, 10), ({"max_steps": 7}, 7)])
-def test_a_wish_to_stop_at_the_very_end_is_too_late(tmp_path: Path, settings: dict[str, int], steps: int) -> None:
-    done = run(tmp_path / "run", make_config(**settings), stop_at=steps)
-    assert done.status == "finished"
-    assert [row["epoch"] for row in done.epoch_rows] == [1, 2]
+@pytest.mark.parametrize(("settings", "steps"), [({}, 10), ({"max_steps": 7}, 7), ({}, 5)])
+def test_a_wish_to_stop_is_granted_before_the_end_of_an_epochs_evaluation(
+    tmp_path: Path, settings: dict[str, int], steps: int
+) -> None:
+    asked = 0
+
+    def count(training: Training, _: RecordingTracker) -> None:
+        nonlocal asked
+        asked += training.progression.step == steps
+
+    def stop_in_the_evaluation() -> bool:
+        return asked >= 2  # after the last step, then before the first batch of the evaluation
+
+    stopped = run(tmp_path / "run", make_config(**settings), spy=count, stop=stop_in_the_evaluation)
+    assert stopped.status == "interrupted" and len(stopped.epoch_rows) == (steps > 5)
+    done = run(tmp_path / "run", make_config(**settings), resume=True)
+    whole = run(tmp_path / "whole", make_config(**settings))
+    assert done.status == "finished" and without_clock(done.tracker.rows) == without_clock(whole.tracker.rows)
+    assert_equal_weights(done.training.model, whole.training.model)
 
 
 def test_a_sweep_that_has_seen_enough_ends_the_run_after_that_epoch(tmp_path: Path) -> None:
@@ -437,6 +456,22 @@ def test_a_sweep_that_has_seen_enough_after_the_last_epoch_ends_nothing_early(tm
     assert run(tmp_path / "steps", make_config(max_steps=3), ends_early=lambda row: True).status == "finished"
 
 
+def test_a_run_goes_on_from_the_state_before_if_the_newest_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", make_config(save_steps=2), stop_at=7)
+    newest, before = saved_states(tmp_path / "run")  # the last two are kept
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    done = run(tmp_path / "run", make_config(save_steps=2), resume=True)
+    whole = run(tmp_path / "whole", make_config())
+    warned = capsys.readouterr().err
+    assert f"warning: the state {str(newest)!r} is damaged" in warned and str(before) in warned
+    assert without_clock(done.tracker.rows) == without_clock(whole.tracker.rows)
+    assert_equal_weights(done.training.model, whole.training.model)
+
+
 def test_a_killed_run_goes_on_from_its_last_saved_step_and_drops_later_rows(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -452,14 +487,13 @@ def test_a_killed_run_goes_on_from_its_last_saved_step_and_drops_later_rows(tmp_
         file.write("7,1.6,2.3,0.1,0.05,0.9,1.0,1.0\r\n1")  # a later row, and one that was cut short
     done = run(tmp_path / "run", config, resume=True)
     whole = run(tmp_path / "whole", make_config())
-    assert done.batch_rows[0]["trainer/step"] == 6
     assert without_clock(done.csv("history.csv")) == without_clock(whole.csv("history.csv"))
     assert_equal_weights(done.training.model, whole.training.model)
 
 
 def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "run", make_config(epochs=1))
-    with pytest.raises(UserError, match=r"state\.pt' is the state of another configuration"):
+    with pytest.raises(UserError, match=r"state/000001-[0-9a-f]{32}\.pt' is the state of another"):
         run(tmp_path / "run", make_config(epochs=1, ema_decay=0.9), resume=True)
 
 

@@ -618,6 +618,79 @@ def test_names_are_shown_as_text_in_tables_legends_axes_and_under_the_mouse(brow
     assert requests(browser) == {(tmp_path / "page.html").as_uri()}
 
 
+# Each would set `intruded` where it is taken for more than text: by HTML, an attribute, JavaScript, CSS or a template.
+HOSTILE = (
+    *("</script><script>window.intruded=1</script>", "<img src=x onerror=window.intruded=1>", "<!--<script>", "]]>"),
+    *('"><svg onload=window.intruded=1>', "' onmouseover='window.intruded=1' x='", '" autofocus onfocus="intruded=1'),
+    *("javascript:window.intruded=1", '<a href="javascript:window.intruded=1">x</a>', "data:text/html,<script>"),
+    *("<iframe srcdoc='<script>parent.intruded=1</script>'>", "</style><style>*{display:none}</style>", "</title><b>"),
+    *("${window.intruded=1}", "`+(window.intruded=1)+`", "{{window.intruded=1}}", "<%= intruded=1 %>", "$title $$"),
+    *("\u2028window.intruded=1//", "\u2029*/window.intruded=1", "\\u003cscript\\u003e", "&lt;script&gt;", "\u202eevil"),
+    *("');window.intruded=1;//", '");window.intruded=1;//', "%{customdata}%{x|window}", "__proto__", "constructor"),
+)
+
+
+def hostile_runs() -> list[RunRecord]:
+    """Two runs whose every text is hostile: names, ids, settings and their values, sources, notes, classes, layers."""
+    records = []
+    for k in range(2):
+        texts = iter((*HOSTILE[k * 9 :], *HOSTILE[: k * 9], *HOSTILE, *HOSTILE))
+        predictions = made_predictions(LABELS[:80], k, 0.3, classes=HOSTILE[:10])
+        ids = np.array([f"{HOSTILE[row % len(HOSTILE)]}/{row}" for row in range(80)])
+        predictions = dataclasses.replace(
+            predictions, ids=ids, split=HOSTILE[0], fingerprint=HOSTILE[1], layer=next(texts)
+        )
+        words = ("model", "norm", "optimizer", "schedule", "policy", "data", "recipe")
+        config: dict[str, Any] = {name: next(texts) for name in words}
+        config |= {"seed": k, "policy_options": {text: k for text in HOSTILE}, "stage_strides": list(HOSTILE)}
+        summary = {"status": next(texts), "recipe": next(texts), "data": next(texts), "hardware": {next(texts): 1}}
+        record = made_record(
+            next(texts), next(texts), config, summary, predictions=predictions, notes=HOSTILE, lr_range=True
+        )
+        records.append(dataclasses.replace(record, source=f"runs/{next(texts)}"))
+    return records
+
+
+@in_browser
+@pytest.mark.parametrize("policy", ["with its policy", "without it"])
+def test_no_text_of_a_run_acts_on_the_page(browser: Chrome, tmp_path: Path, policy: str) -> None:
+    """Not even where the content security policy is taken out: no text gets as far as that it would have to stop it."""
+    path = write_page(compare(hostile_runs()), tmp_path / "page.html")
+    if policy == "without it":
+        text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
+        assert count == 1
+        path.write_text(text, encoding="utf-8")
+    open_page(browser, path)
+    for chart in ("train-loss", "watched-accuracy", "lr-range", "reliability"):
+        hover = f"Plotly.Fx.hover('{chart}', [{{curveNumber: 0, pointNumber: 1}}])"
+        wait(browser, f"({hover}, document.querySelector('#{chart} .hoverlayer text'))")
+    # Everything that can be chosen, pointed at or clicked, once.
+    browser.execute_script("""
+        for (const one of document.querySelectorAll("main select"))
+          for (const option of one.options) {
+            one.value = option.value;
+            one.dispatchEvent(new Event("change", { bubbles: true }));
+          }
+        for (const kind of ["mouseover", "mouseenter", "focus", "load", "error"])
+          for (const one of document.querySelectorAll("main *")) one.dispatchEvent(new Event(kind));
+        for (const one of document.querySelectorAll("main button, main input, main summary")) one.click();
+    """)
+    assert browser.execute_script("return [typeof window.intruded, typeof intruded]") == ["undefined", "undefined"]
+    assert browser.execute_script("return document.scripts.length") == 3
+    assert browser.execute_script("return document.querySelectorAll('iframe, img, object, embed, base').length") == 0
+    attributes = "[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes])"
+    handlers = f"{attributes}.filter((one) => /^on/i.test(one.name)).map((one) => one.name)"
+    links = f"{attributes}.filter((one) => /href|src|action/i.test(one.name)).map((one) => one.value)"
+    assert browser.execute_script(f"return {handlers}") == []
+    # Plotly's own: what it draws with lies in the page.
+    own = ("#", "data:,", "data:image/")
+    assert [link for link in browser.execute_script(f"return {links}") if not link.startswith(own)] == []
+    assert HOSTILE[0] in (browser.find_element(By.CSS_SELECTOR, ".remarks").get_attribute("textContent") or "")
+    assert browser.find_element(By.TAG_NAME, "h1").is_displayed()
+    assert log(browser, "browser") == []
+    assert requests(browser) == {path.as_uri()}
+
+
 @in_browser
 def test_the_policy_stops_scripts_and_requests_that_are_not_the_pages_own(browser: Chrome, four_page: Path) -> None:
     open_page(browser, four_page)

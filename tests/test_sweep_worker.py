@@ -170,7 +170,8 @@ def test_what_an_attempt_left_that_cannot_be_gone_on_with_is_removed(tmp_path: P
     for number in (0, 1):
         folder.run_folder(number).mkdir()
         (folder.run_folder(number) / "rest").touch()
-    (folder.run_folder(1) / "state.pt").touch()
+    (folder.run_folder(1) / "state").mkdir()
+    (folder.run_folder(1) / "state" / "000001-0.pt").touch()
     for number in (0, 1):
         run_next(folder, search)
         assert (folder.run_folder(number) / "rest").exists() is bool(number)

@@ -15,7 +15,7 @@ from conftest import SMALL_RUN
 from made_sweeps import begin, wait_until
 
 from eva import trial as trials
-from eva.config import Layer, RunConfig, resolve, to_dict
+from eva.config import Failure, Layer, RunConfig, resolve, to_dict
 from eva.experiment import StopSignal, build, in_trial, split_once, train
 from eva.run_folder import write_config
 from eva.trial import Trial, current_trial, reporter, running
@@ -134,7 +134,8 @@ def test_a_trial_with_a_state_goes_on_with_the_configuration_that_it_began_with(
     """Rates that its range test found, for one."""
     begun_with = make_config(lr_max=0.125, out=str(tmp_path))
     write_config(tmp_path, begun_with)
-    (tmp_path / "state.pt").touch()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "000001-0.pt").touch()
     assert in_trial(make_config(lr_max=0.5), make_trial(tmp_path)) == (begun_with, tmp_path)
 
 
@@ -178,7 +179,10 @@ def test_a_sweep_hears_of_every_epoch_also_of_that_in_whose_report_a_process_die
         heard.append(row["epoch"])
         return False
 
-    with pytest.raises(ConnectionError, match="away"), running(make_trial(tmp_path / "run", dying)):
+    with (
+        pytest.raises(Failure, match="ConnectionError: the storage is away"),
+        running(make_trial(tmp_path / "run", dying)),
+    ):
         train(make_config(epochs=3))
 
     def report(row: Mapping[str, Any]) -> bool:

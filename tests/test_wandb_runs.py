@@ -559,6 +559,17 @@ def test_the_key_is_in_no_file_and_no_output(client: Client, made: Made) -> None
     assert holding == []
 
 
+def test_the_key_is_in_nothing_that_was_sent_but_in_its_header(made: Made, client: Client) -> None:
+    runs = list(client.server.runs.values())
+    artifacts = [one for collection in client.server.artifacts.values() for one in collection.versions]
+    assert len(runs) > 5 and len(artifacts) > 5
+    sent = [repr(vars(one)) for one in (*runs, *artifacts)]
+    assert not any(API_KEY in text for text in sent)
+    files = [*(run.files for run in runs), *(artifact.files for artifact in artifacts)]
+    packed = [content for each in files for content in each.values()]
+    assert len(packed) > 20 and not any(API_KEY.encode() in content for content in packed)
+
+
 def test_the_server_was_asked_nothing_that_it_does_not_know(client: Client, found: list[RunRecord]) -> None:
     assert client.server.unknown == []
 
