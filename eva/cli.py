@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -24,11 +25,12 @@ from eva.config import (
     default_of,
     resolve,
 )
+from eva.files import finite
 from eva.flags import Parser, add_settings, given_settings, loose_settings
 from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import read_config
 
-EXIT_FAILURE = 1  # a bug's
+EXIT_FAILURE = 1  # a bug's, or a check of `eva doctor` that failed
 EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
@@ -111,14 +113,17 @@ def build_parser() -> Parser:
     compare.add_argument("--dry_run", action="store_true", help="write what --publish would make, and send nothing")
     sweep = commands.add_parser("sweep", help="search settings offline, by a W&B sweep YAML", allow_abbrev=False)
     _add_sweep_arguments(sweep)
+    doctor = commands.add_parser("doctor", help="check machine, data and configuration", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    doctor.add_argument("--disk", metavar="PATH", nargs="*", help="instead tell what uses the disk, and what can go")
     agent = commands.add_parser("agent", help="run wandb agents, one for each GPU", allow_abbrev=False)
     agent.add_argument("sweep", metavar="ENTITY/PROJECT/SWEEP", help="the sweep, as `wandb sweep` told it")
     agent.add_argument("--gpus", metavar="0,1", required=True, help="GPUs; each gets an agent")
     agent.add_argument("--count", metavar="N", help="trials of each agent; default: no bound")
-    for command in (train, find_lr):
+    for command in (train, find_lr, doctor):
         command.add_argument("--config", metavar="FILE.yaml", help="settings in a YAML file")
     find_lr.add_argument("--write_sweep", metavar="FILE.yaml", help="also write a sweep around what was found")
-    for command in (train, find_lr, evaluate):
+    for command in (train, find_lr, evaluate, doctor):
         known = EVALUATION_SETTINGS if command is evaluate else FIELDS
         order = "others are those of the training" if command is evaluate else "--recipe, --config, flags: later wins"
         add_settings(command, known, order)
@@ -330,6 +335,33 @@ def run_agent(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
     return run_agents(arguments.sweep, arguments.gpus.split(","), count, unknown)
 
 
+def run_doctor(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`eva doctor`."""
+    config, _ = configure(arguments, unknown)
+    if arguments.disk is not None:
+        from eva import disk
+
+        report = disk.report([Path(path) for path in arguments.disk], Path(config.data_dir))
+        print(json.dumps(report.to_dict(), indent=2) if arguments.json else disk.table(report), end="")
+        return 0
+    from eva import doctor
+
+    checks = []
+    # What the data's loading has to say is no part of the object.
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        for check in doctor.examine(config):
+            checks.append(check)
+            if not arguments.json:
+                print(doctor.told(check), flush=True)
+    healthy = all(check.status != doctor.FAILED for check in checks)
+    if arguments.json:
+        told = {"healthy": healthy, "checks": [check.to_dict() for check in checks]}
+        print(json.dumps(finite(told), indent=2, allow_nan=False))
+    else:
+        print(doctor.concluded(checks))
+    return 0 if healthy else EXIT_FAILURE
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "train": run_train,
     "find_lr": run_find_lr,
@@ -338,6 +370,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     "compare": run_compare,
     "sweep": run_sweep,
     "agent": run_agent,
+    "doctor": run_doctor,
 }
 
 
@@ -346,10 +379,11 @@ def print_result(result: Any) -> None:
     summary = result.summary
     print(f"status: {result.status}")
     for split in ("val", "test"):
-        if summary.get(f"{split}_accuracy_last") is not None:
-            last, best = (100 * summary[f"{split}_accuracy_{which}"] for which in ("last", "best"))
-            chosen = f"best: {best:.2f} %, selected on {summary['selected_on']}, epoch {summary['best_epoch']}"
-            print(f"{split} accuracy: last {last:.2f} %, {chosen}")
+        last, best = (summary.get(f"{split}_accuracy_{which}") for which in ("last", "best"))
+        if last is not None:
+            chosen = f"selected on {summary['selected_on']}, epoch {summary['best_epoch']}"
+            told = "none, as no loss was finite" if best is None else f"{100 * best:.2f} %, {chosen}"
+            print(f"{split} accuracy: last {100 * last:.2f} %, best: {told}")
     evaluation = summary.get("evaluation", {})
     if evaluation:
         tops = ", ".join(f"top-{k} {100 * share:.2f} %" for k, share in evaluation["top_k"].items() if k != "1")

@@ -8,8 +8,10 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import tarfile
+import threading
 import unicodedata
 import urllib.error
 import uuid
@@ -36,6 +38,8 @@ from eva.config import UserError, unknown_name
 from eva.text import printable
 
 IMAGE_SIZE = 32
+# How often workers may die over one batch.
+MOST_DEATHS = 3
 
 # Decoded folders are kept under this version: raise it when the same files would decode to other pixels.
 CACHE_VERSION = 1
@@ -335,7 +339,8 @@ def _decoded(root: Path, paths: list[str], cache: Path, workers: int, progress: 
             if problems := [problem for problem in outcomes if problem]:
                 more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
                 raise UserError(
-                    f"{len(problems)} unreadable image(s) in {str(root)!r}: {', '.join(problems[:3])}{more}"
+                    f"{len(problems)} unreadable image(s) in {str(root)!r}: {', '.join(problems[:3])}{more}; "
+                    "mend or remove them"
                 )
             if part is not None:
                 _keep(part, cached, images)
@@ -672,7 +677,8 @@ class TrainLoader:
 
     def __init__(self, images: PolicyImages, batches: ShuffledBatches, workers: int) -> None:
         self._batches = batches
-        self.loader = _data_loader(images, workers, batch_sampler=batches)
+        self._make = partial(_data_loader, images, workers, batch_sampler=batches)
+        self.loader = self._make()
         self.num_images = batches.images_per_epoch
 
     def __len__(self) -> int:
@@ -682,12 +688,19 @@ class TrainLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Returns the batches of an epoch from `start_batch` on: float32 (B, 3, 32, 32) and int64 (B,).
 
-        Beginning an epoch ends the one before, also if that was left half-way.
+        Beginning an epoch ends the one before, also if that was left half-way. If a worker dies, others take over.
 
         Raises:
             ValueError: `start_batch` is not in [0, len(self)].
         """
         self.start(epoch, start_batch)
+        begin = partial(self._begin, epoch)
+        return _surviving(begin, start_batch) if self.loader.num_workers else begin(start_batch, False)
+
+    def _begin(self, epoch: int, batch: int, anew: bool) -> Iterator[Batch]:
+        if anew:
+            self.loader = self._make()
+        self.start(epoch, batch)
         return iter(self.loader)
 
     def start(self, epoch: int, start_batch: int = 0) -> None:
@@ -725,9 +738,29 @@ def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, worke
     return TrainLoader(PolicyImages(split, policy, seed), batches, _num_workers(workers))
 
 
-def eval_loader(
-    split: Split, policy: Policy, batch_size: int, workers: int | None
-) -> "torch.utils.data.DataLoader[Sample]":
+class EvalLoader:
+    """All images in their order, once in each iteration; see `eval_loader`."""
+
+    def __init__(self, images: PolicyImages, batch_size: int, workers: int) -> None:
+        self._keys = [(0, index) for index in range(len(images))]
+        self._batch_size = batch_size
+        self._make = partial(_data_loader, images, workers, batch_size=batch_size)
+        self._loader = self._make(sampler=self._keys)
+
+    def __len__(self) -> int:
+        """Returns the number of batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _surviving(self._begin, 0) if self._loader.num_workers else self._begin(0, False)
+
+    def _begin(self, batch: int, anew: bool) -> Iterator[Batch]:
+        if anew:
+            self._loader = self._make(sampler=self._keys)
+        return iter(self._make(sampler=self._keys[batch * self._batch_size :]) if batch else self._loader)
+
+
+def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | None) -> EvalLoader:
     """Returns a loader of all images in their order, without draws: float32 (B, 3, 32, 32) and int64 (B,).
 
     Args:
@@ -736,9 +769,56 @@ def eval_loader(
         batch_size: Images per batch; the last one may be smaller.
         workers: As for `train_loader`.
     """
-    keys = [(0, index) for index in range(len(split))]
-    images = PolicyImages(split, policy, seed=None)
-    return _data_loader(images, _num_workers(workers), batch_size=batch_size, sampler=keys)
+    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers))
+
+
+def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Iterator[Batch]:
+    """Yields batches from a number on. If a worker process dies, new ones go on at the batch that is owed.
+
+    Args:
+        begin: Returns the batches from a number on, from new workers if it is told so.
+        batch: The first one's number.
+
+    Raises:
+        UserError: They die again and again over one batch.
+    """
+    deaths = 0
+    batches = _begun(begin, batch, False)
+    while True:
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _tells_of_a_death(error):
+                raise
+            deaths += 1
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if deaths > MOST_DEATHS:
+                raise UserError(f"data workers die ({reason}); choose fewer --workers, they may lack memory") from None
+            print(f"warning: {reason}; others go on with batch {batch}", file=sys.stderr, flush=True)
+            batches = _begun(begin, batch, True)
+            continue
+        yield item
+        batch, deaths = batch + 1, 0
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Tells whether an exception comes of a worker's death, rather than that a worker raised it."""
+    if str(error).startswith("Caught "):  # as torch passes on what a worker raised
+        return False
+    lost_on_the_way = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    return lost_on_the_way or "DataLoader worker (pid" in str(error)
+
+
+def _begun(begin: Callable[[int, bool], Iterator[Batch]], batch: int, anew: bool) -> Iterator[Batch]:
+    # torch would raise a worker's death in the main thread wherever that is, in the middle of a step for one; without
+    # its handler it looks for the living every five seconds while it waits for a batch.
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = begin(batch, anew)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def _num_workers(workers: int | None) -> int:

@@ -155,13 +155,13 @@ def table(report: DiskReport, width: int = 120) -> str:
     """Returns the report for a reader: kinds, file systems, and the commands that remove what can go."""
     rows = []
     for kind, sums in report.kinds().items():
-        can_go = _size(sums["bytes_can_go"]) if sums["files_can_go"] or report.can_go(kind) else "-"
+        can_go = size_text(sums["bytes_can_go"]) if sums["files_can_go"] or report.can_go(kind) else "-"
         why = REASONS.get(kind, "") if can_go != "-" else ""
-        rows.append([kind, _size(sums["bytes"]), f"{sums['files']:,}", can_go, why])
+        rows.append([kind, size_text(sums["bytes"]), f"{sums['files']:,}", can_go, why])
     everything = [sum(part.bytes for part in report.parts), sum(part.files for part in report.parts)]
     going = sum(part.bytes for part in report.parts if part.can_go)
-    rows.append(["all", _size(everything[0]), f"{everything[1]:,}", _size(going), ""])
-    disks = [[printable(str(disk.path)), _size(disk.size), _size(disk.free)] for disk in report.disks]
+    rows.append(["all", size_text(everything[0]), f"{everything[1]:,}", size_text(going), ""])
+    disks = [[printable(str(disk.path)), size_text(disk.size), size_text(disk.free)] for disk in report.disks]
     lines = [
         aligned(["what", "on the disk", "files", "can go", "because"], rows, width),
         aligned(["file system of", "size", "free"], disks, width),
@@ -389,7 +389,7 @@ def _quoted(path: Path) -> str:
     return f"$'{''.join(shown)}'"
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
     """Returns bytes for a reader, in units of 1,024."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     power = 0

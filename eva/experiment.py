@@ -44,6 +44,7 @@ from eva.tracker import Tracker, WandbTracker, choose_mode, parts_of, under_agen
 from eva.trial import Trial, current_trial
 
 EVAL_BATCH_SIZE = 500
+MOST_DRAWN_EPOCHS = 10_000
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,8 @@ def show_schedule(config: RunConfig, steps_per_epoch: int = 100) -> Path:
     """
     if "find" in (config.lr_min, config.lr_max):
         raise UserError("--show_schedule needs numbers for lr_min and lr_max, but got find")
+    if config.epochs > MOST_DRAWN_EPOCHS:
+        raise UserError(f"--show_schedule draws up to {MOST_DRAWN_EPOCHS} epochs, but got epochs={config.epochs}")
     schedule = build_schedule(config, steps_per_epoch)
     steps = range(config.epochs * steps_per_epoch)
     rates = [schedule(step, [1.0] * (step // steps_per_epoch)) for step in steps]

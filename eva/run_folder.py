@@ -150,7 +150,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # pathlib's raises where a folder may not be looked into
         raise UserError(f"{str(folder)!r} is no run folder: it has no summary.json")
     summary = read_json(path)
-    if not isinstance(summary, dict) or "wandb_id" not in summary:
+    if not isinstance(summary, dict) or not isinstance(summary.get("wandb_id"), str):
         raise UserError(f"{str(path)!r} is no summary of a run: it has no wandb_id")
     return summary
 

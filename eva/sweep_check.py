@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+import os
 import re
 import shutil
 import sys
@@ -453,9 +454,9 @@ class _Examination:
             text = "find_lr trains nothing, so that no trial would have a value of the metric; train does"
             self.tell(text, "program" if program.name == "find_lr.py" else "command")
         if sweep.program and ("${program}" in sweep.command or sweep.program in sweep.command):
-            if program.is_dir():
+            if os.path.isdir(program):  # pathlib's raise for a name that no file can have
                 self.tell(f"program {sweep.program!r} is a folder", "program")
-            elif not program.exists():
+            elif not os.path.exists(program):
                 text = f"there is no program {sweep.program!r} in {str(Path.cwd())!r}, where trials are started"
                 self.tell(text, "program")
         if not any(item.startswith("${args") for item in sweep.command):

@@ -150,7 +150,7 @@ def open_sweep_folder(path: Path) -> SweepFolder:
     if not (path / "sweep.json").is_file():
         raise UserError(f"{str(path)!r} is no sweep folder: it has no sweep.json")
     values = read_json(path / "sweep.json")
-    try:
-        return SweepFolder(path=path.resolve(), **values)
-    except TypeError:
-        raise UserError(f"{str(path / 'sweep.json')!r} is no description of a sweep") from None
+    kinds = {"name": str, "storage": str, "place": str, "isolate": bool, "retries": int}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        raise UserError(f"{str(path / 'sweep.json')!r} is no description of a sweep")
+    return SweepFolder(path=path.resolve(), **values)

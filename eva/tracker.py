@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import html
+import logging
 import netrc
 import os
 import shutil
@@ -188,7 +189,14 @@ class WandbTracker(Tracker):
     """
 
     def __init__(
-        self, config: RunConfig, facts: Mapping[str, Any], job: str, run_folder: Path, run_id: str, mode: str
+        self,
+        config: RunConfig,
+        facts: Mapping[str, Any],
+        job: str,
+        run_folder: Path,
+        run_id: str,
+        mode: str,
+        falls_back: bool = True,
     ) -> None:
         """Takes what the run is; W&B is asked when it is entered.
 
@@ -199,6 +207,7 @@ class WandbTracker(Tracker):
             run_folder: eva's folder of the run.
             run_id: W&B's id of it.
             mode: online or offline; once it is entered `mode` says what came of it, perhaps disabled.
+            falls_back: Whether a run that can't begin online begins otherwise; if not, a UserError says so.
         """
         self.mode = mode
         self._config, self._facts, self._job = config, facts, job
@@ -207,7 +216,7 @@ class WandbTracker(Tracker):
         self._step = self._known = self._offline_steps = 0
         self._warnings: list[str] = []
         self._artifacts: list[tuple[Any, list[str]]] = []
-        self._preempted = False
+        self._falls_back, self._preempted = falls_back, False
         self._seconds = config.tracking_timeout
 
     def __enter__(self) -> Self:
@@ -224,12 +233,19 @@ class WandbTracker(Tracker):
         return self
 
     def _begin_online(self, sent: bool) -> None:
-        """Begins online; where that fails the run becomes an offline one, unless a part of it was sent already."""
+        """Begins online; where that fails the run becomes an offline one, unless a part of it was sent already.
+
+        Raises:
+            UserError: That fails, and nothing else was wanted.
+        """
         try:
             self._begin()
             self._known = self._run.starting_step
         except Exception as error:
             reason = f"W&B did not begin the run ({_reason(error)})"
+            if not self._falls_back:
+                self._forget_folders()
+                raise UserError(f"{reason}: nothing was sent") from None
             if sent:
                 self._leave_out(reason)
             else:
@@ -310,6 +326,8 @@ class WandbTracker(Tracker):
                     ),
                 )
                 wandb_client.end_at_exit()
+                for handler in logging.getLogger("wandb").handlers:  # on a full disk each line would be a traceback
+                    handler.handleError = lambda record: None  # type: ignore[method-assign]
                 self._define_axes()
         except BaseException as error:
             self._run = None

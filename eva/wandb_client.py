@@ -109,6 +109,13 @@ def end_at_exit() -> None:
     atexit.register(end)
 
 
+def server() -> str:
+    """Returns the address of W&B's server, as this machine's settings have it."""
+    import wandb
+
+    return str(wandb.setup().settings.base_url)
+
+
 def public_api(timeout: int | None = None) -> Any:
     """Returns W&B's public interface, whose answers may be waited for so many seconds, in a process that can exit."""
     import wandb

@@ -289,7 +289,10 @@ def test_an_image_that_changes_between_reading_and_decoding_is_named(tmp_path: P
         Image.new("RGB", (20, 20), (1, 2, 3)).save(changed)
     assert end(process) == 0
     _, told = (tmp_path / "told").read_text().split(" ", 1)
-    assert told == f"1 unreadable image(s) in {str(root)!r}: train/dog/03.bmp (changed while it was read)"
+    assert (
+        told
+        == f"1 unreadable image(s) in {str(root)!r}: train/dog/03.bmp (changed while it was read); mend or remove them"
+    )
     assert entries(tmp_path / "data") == []
     dataset = load(root, tmp_path / "data")
     assert (dataset.train.images[dataset.train.ids.tolist().index("train/dog/03.bmp")] == (1, 2, 3)).all()

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch_lr_finder import LRFinder
 
@@ -772,6 +775,37 @@ def test_evaluation_shows_every_image_in_order_without_draws(workers: int) -> No
         facts = torch.cat([images for images, _ in batches]).flatten(1)[:, :4]
         assert facts[:, 0].tolist() == list(range(13)) and (facts[:, 1:] == -1).all()
         assert torch.cat([labels for _, labels in batches]).tolist() == split.labels.tolist()
+
+
+def test_batches_go_on_when_workers_are_killed(capfd: pytest.CaptureFixture[str]) -> None:
+    split = make_split([30, 30])
+    alone = train_loader(split, tagged, 4, seed=1, workers=0)
+    helped = train_loader(split, tagged, 4, seed=1, workers=2)
+    shown = eval_loader(split, tagged, 4, workers=2)
+
+    def disturbed(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            yield batch
+            if number in (2, 9):
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid or 0, signal.SIGKILL)
+
+    for epoch in (0, 1):
+        assert_same_batches(list(disturbed(helped.epoch(epoch))), epoch_of(alone, epoch))
+    for batches in (disturbed(shown), shown):
+        assert_same_batches(list(batches), list(eval_loader(split, tagged, 4, workers=0)))
+    warned = capfd.readouterr().err
+    assert warned.count("warning: ") == warned.count("; others go on with batch") >= 3
+
+
+def test_workers_that_die_again_and_again_end_it_with_a_line() -> None:
+    def deadly(image: NDArray[np.uint8], draw: tuple[int, int, int] | None) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    loader = train_loader(make_split([6, 6]), deadly, 4, seed=0, workers=1)
+    with pytest.raises(UserError, match=r"data workers die \(.+\); choose fewer --workers"):
+        list(loader.epoch(0))
 
 
 def test_evaluation_of_an_empty_split_has_no_batch() -> None:

@@ -372,7 +372,7 @@ def test_a_command_with_many_paths_is_in_the_plain_data(tmp_path: Path) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1536, "1.5 KiB"), (102_348, "99.9 KiB"), (10**12, "931 GiB")],
 )
 def test_sizes_have_two_to_three_digits(size: int, told: str) -> None:
-    assert disk._size(size) == told
+    assert disk.size_text(size) == told
 
 
 def test_a_given_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

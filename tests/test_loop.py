@@ -4,6 +4,7 @@ import csv
 import functools
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eva import loop
+from eva import checkpoints, loop
 from eva.checkpoints import newest_state
 from eva.config import Layer, RunConfig, UserError, resolve
 from eva.data import Split, TrainLoader, channel_statistics, limit, load_dataset, train_loader
@@ -25,7 +26,7 @@ from eva.hardware import Hardware
 from eva.loop import BATCH_COLUMNS, Journal, Training, epoch_columns, fit, prepare
 from eva.policies import build_policy
 from eva.progress import Progress
-from eva.run_folder import saved_states
+from eva.run_folder import saved_states, state_number
 from eva.schedules import build_schedule
 from eva.tracker import RecordingTracker
 
@@ -102,11 +103,12 @@ def run(
     watched: str = "val",
     spy: Callable[[Training, RecordingTracker], None] = lambda training, tracker: None,
     ends_early: Callable[[Mapping[str, Any]], bool] = lambda row: False,
+    hardware: Hardware = FP32,
 ) -> Trained:
     """Trains the small network; `spy` is called after every step."""
     folder.mkdir(exist_ok=True)
     loader = make_loader(config, images)
-    training = prepare(config, FP32, make_model(config), len(loader))
+    training = prepare(config, hardware, make_model(config), len(loader))
     if resume:
         training.load(folder)
     tracker = RecordingTracker()
@@ -409,6 +411,22 @@ def test_an_interrupted_run_that_goes_on_is_the_uninterrupted_one(
     assert expected.keys() == best.keys() and all(torch.equal(best[name], expected[name]) for name in best)
 
 
+def test_the_scale_of_half_precision_goes_on_too(tmp_path: Path) -> None:
+    half = Hardware(torch.device("cpu"), torch.float16, torch.contiguous_format)
+
+    def narrow(training: Training, _: RecordingTracker) -> None:
+        training.scaler.set_growth_interval(3)  # so that it changes within the run
+
+    config = make_config(epochs=3, save_steps=1)
+    whole = run(tmp_path / "whole", config, spy=narrow, hardware=half)
+    run(tmp_path / "run", config, stop_at=7, spy=narrow, hardware=half)
+    second = run(tmp_path / "run", config, resume=True, spy=narrow, hardware=half)
+    assert second.training.scaler.state_dict() == whole.training.scaler.state_dict()
+    assert whole.training.scaler.get_scale() != 2.0**16  # where it began
+    assert without_clock(second.tracker.rows) == without_clock(whole.tracker.rows)
+    assert_equal_weights(second.training.model, whole.training.model)
+
+
 def test_the_plateau_of_the_interrupted_run_did_drop_the_rate(uninterrupted: Trained) -> None:
     assert len({row["lr"] for row in uninterrupted.batch_rows}) > 1
 
@@ -454,6 +472,18 @@ def test_a_sweep_that_has_seen_enough_ends_the_run_after_that_epoch(tmp_path: Pa
 def test_a_sweep_that_has_seen_enough_after_the_last_epoch_ends_nothing_early(tmp_path: Path) -> None:
     assert run(tmp_path, make_config(epochs=1), ends_early=lambda row: True).status == "finished"
     assert run(tmp_path / "steps", make_config(max_steps=3), ends_early=lambda row: True).status == "finished"
+
+
+@pytest.mark.parametrize(("share", "states"), [(1e9, 10), (0.0, 2)])
+def test_a_long_epoch_is_saved_within_as_far_as_saving_costs_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, states: int
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)  # every epoch is long
+    monkeypatch.setattr(checkpoints, "SAVING_SHARE", share)
+    done = run(tmp_path / "run", make_config(), spy=lambda *_: time.sleep(0.05))
+    assert done.status == "finished"
+    number = state_number(saved_states(tmp_path / "run")[0])
+    assert number >= states if share else number <= states
 
 
 def test_a_run_goes_on_from_the_state_before_if_the_newest_is_damaged(
