@@ -237,7 +237,9 @@ def main() -> int:
             command += ["--isolate"] if number % 4 > 1 else []
             run_sweep(folder, command, server, generator, figures, arguments.pause)
             count(folder, server, figures)
-            repeat(folder / "trials" / f"trial-{generator.randrange(TRIALS):04}", out / f"again-{number:03}", figures)
+            one = folder / "trials" / f"trial-{generator.randrange(TRIALS):04}"
+            if (one / "config.yaml").exists():
+                repeat(one, out / f"again-{number:03}", figures)
             print(f"{(time.monotonic() - deadline) / 60 + arguments.minutes:.0f} minutes\n{figures.told()}", flush=True)
             for line in figures.wrong:
                 print(f"wrong: {line}", flush=True)

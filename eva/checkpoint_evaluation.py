@@ -178,6 +178,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig) -> Result:
             shutil.copyfile(checkpoint.path, folder / "best.safetensors")
             write_config(folder, config)
         summary.update(inspection.write(found, folder))
+        write_json(folder / "summary.json", summary)
         inspection.log(found, folder, tracker, summary["wandb_id"], source)
         tracker.summarize({"status": "finished", **{name: summary[name] for name in ("evaluation",)}})
     tracked = {"wandb_mode": mode, "wandb_folders": [str(tracker.folder)] if tracker.folder else []}

@@ -783,9 +783,11 @@ def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Ite
         UserError: They die again and again over one batch.
     """
     deaths = 0
-    batches = _begun(begin, batch, False)
+    batches: Iterator[Batch] | None = None
     while True:
         try:
+            if batches is None:  # workers that live on from another iteration may have died since
+                batches = _begun(begin, batch, deaths > 0)
             item = next(batches)
         except StopIteration:
             return
@@ -797,7 +799,7 @@ def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Ite
             if deaths > MOST_DEATHS:
                 raise UserError(f"data workers die ({reason}); choose fewer --workers, they may lack memory") from None
             print(f"warning: {reason}; others go on with batch {batch}", file=sys.stderr, flush=True)
-            batches = _begun(begin, batch, True)
+            batches = None
             continue
         yield item
         batch, deaths = batch + 1, 0

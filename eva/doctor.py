@@ -407,19 +407,22 @@ def bare(subject: Subject, batch_size: int, seconds: float) -> float:
 def check_speed(subject: Subject) -> Outcome:
     """Compares the whole loop with its bare steps on a fixed batch, timed before and after it."""
     size = subject.batch_size(STEP_SECONDS)
-    before = bare(subject, size, TIMED_SECONDS / 2)
-    whole = looped(subject, size, TIMED_SECONDS, Tracker())
-    after = bare(subject, size, TIMED_SECONDS / 2)
-    alone = (before + after) / 2
-    share = alone / whole
+    for _ in range(2):  # what else the machine does may hold up one of them: it is too slow if it is so twice
+        before = bare(subject, size, TIMED_SECONDS / 2)
+        whole = looped(subject, size, TIMED_SECONDS, Tracker())
+        after = bare(subject, size, TIMED_SECONDS / 2)
+        alone = (before + after) / 2
+        share = alone / whole
+        if share >= LEAST_SPEED_SHARE:
+            break
+    workers = loader_workers(subject)
     line = (
         f"{size / whole:,.0f} images/s in the loop are {share:.2f} of the network's own {size / alone:,.0f} on a fixed "
         f"batch of {size} (at least {LEAST_SPEED_SHARE})"
     )
-    rates = {"images_per_second": size / whole, "images_per_second_bare": [size / before, size / after]}
-    workers = loader_workers(subject)
     if share < LEAST_SPEED_SHARE:
-        line += f": loading and augmentation by {workers} workers hold it up"
+        line += f": loading and augmentation by {workers or 'no'} workers hold it up"
+    rates = {"images_per_second": size / whole, "images_per_second_bare": [size / before, size / after]}
     return judged(share >= LEAST_SPEED_SHARE, line, share=share, batch_size=size, workers=workers, **rates)
 
 

@@ -91,15 +91,16 @@ def inspect(
 def write(inspection: Inspection, folder: Path) -> dict[str, Any]:
     """Writes predictions.npz, misclassified.npz, evaluation.json and the figures; returns what the summary says."""
     said, wrong = inspection.predictions, misclassified(inspection.predictions)
-    said.save(folder / "predictions.npz")
-    save_images(folder / "misclassified.npz", said.ids[wrong], inspection.split.images[wrong])
-    report = {**inspection.report.to_dict(), "tta": inspection.config.tta, "data_fingerprint": said.fingerprint}
-    write_json(folder / "evaluation.json", report)
     for name, draw in FIGURES.items():
         if said.maps is not None or "gradcam" not in name:
             figures.save(draw(inspection), folder / "figures" / f"{name}.png")
     if said.maps is None:
         print(f"no Grad-CAM: {inspection.config.model} has no layer whose output is a map of more than one pixel")
+    # What is read together comes last, and at once, so that a process that dies hardly leaves one without the other.
+    report = {**inspection.report.to_dict(), "tta": inspection.config.tta, "data_fingerprint": said.fingerprint}
+    save_images(folder / "misclassified.npz", said.ids[wrong], inspection.split.images[wrong])
+    said.save(folder / "predictions.npz")
+    write_json(folder / "evaluation.json", report)
     scalars = ("split", "count", "loss", "accuracy", "top_k", "macro_f1", "ece", "tta", "data_fingerprint")
     return {"evaluation": {name: report[name] for name in scalars}}
 

@@ -43,6 +43,8 @@ MOST_FAILURES = 5
 FAILING_CONFIGURATIONS = 3
 # Workers that end so many times without having run a trial, and without one that ended meanwhile, never will.
 FALSE_STARTS = 3
+# Of those that were killed from outside it takes so many more: that may pass.
+FALSE_STARTS_KILLED = 30
 # How a process died whose exit code went to another one.
 UNSEEN = "unseen"
 
@@ -166,7 +168,8 @@ class Conductor:
             self._false_starts = 0
             return
         self._false_starts += len(deaths)
-        if self._false_starts >= FALSE_STARTS:
+        killed = all(code == -signal.SIGKILL for code in deaths)
+        if self._false_starts >= (FALSE_STARTS_KILLED if killed else FALSE_STARTS):
             log = ended[-1][0].log
             raise UserError(f"workers end ({how}) before they run a trial: {last_line(log)} ({log})")
 
