@@ -181,7 +181,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig) -> Result:
         write_json(folder / "summary.json", summary)
         inspection.log(found, folder, tracker, summary["wandb_id"], source)
         tracker.summarize({"status": "finished", **{name: summary[name] for name in ("evaluation",)}})
-    tracked = {"wandb_mode": mode, "wandb_folders": [str(tracker.folder)] if tracker.folder else []}
+    tracked = {"wandb_mode": tracker.mode, "wandb_folders": [str(tracker.folder)] if tracker.folder else []}
     summary.update({**({} if in_place else tracked), "evaluation": {**summary["evaluation"], **tracked}})
     write_json(folder / "summary.json", summary)
     return Result(summary["status"], folder, summary)

@@ -406,8 +406,10 @@ def print_result(result: Any) -> None:
     for folder in tracked["wandb_folders"]:  # a resumed run has one for each part
         print(f"W&B run ({tracked['wandb_mode']}): {folder}")
         print(f"  look at it: wandb leet {folder}")
-        if tracked["wandb_mode"] == "offline":
+        if tracked["wandb_mode"] == "offline" and not summary.get("wandb_lost"):
             print(f"  upload it:  wandb sync {folder}")
+    if summary.get("wandb_lost"):
+        print(f"W&B lacks a part of this run; once it is there: eva sync {result.folder}")
 
 
 def print_recipes() -> None:

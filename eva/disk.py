@@ -107,11 +107,14 @@ class DiskReport:
                 found["files_can_go"] += part.files
         return dict(sorted(sums.items(), key=lambda item: -item[1]["bytes"]))
 
-    @property
-    def sync(self) -> str:
-        """The command that sends runs to W&B and marks them as sent; their folders follow."""
-        online = any(not path.name.startswith("offline-") for path in self.unsynced)
-        return "wandb sync --include-online" if online else "wandb sync"
+    def sync(self) -> dict[str, list[Path]]:
+        """Returns the commands that send runs to W&B and mark them as sent, with the folders that follow them.
+
+        Of what began online wandb's own command would send the first rows twice.
+        """
+        online = {path.parent.parent for path in self.unsynced if not path.name.startswith("offline-")}
+        offline = [path for path in self.unsynced if path.parent.parent not in online]
+        return {command: paths for command, paths in (("eva sync", sorted(online)), ("wandb sync", offline)) if paths}
 
     def can_go(self, kind: str) -> list[Path]:
         """Returns the paths of a kind that can go."""
@@ -124,7 +127,7 @@ class DiskReport:
                 kind: {**sums, "remove": _command("rm -rf --", self.can_go(kind))}
                 for kind, sums in self.kinds().items()
             },
-            "sync": _command(self.sync, self.unsynced),
+            "sync": [_command(command, paths) for command, paths in self.sync().items()],
             "disks": [{**asdict(disk), "path": str(disk.path)} for disk in self.disks],
             "notes": list(self.notes),
         }
@@ -170,8 +173,8 @@ def table(report: DiskReport, width: int = 120) -> str:
         if paths := report.can_go(kind):
             lines.append(f"{kind} that can go ({REASONS[kind]}):\n  {_shown('rm -rf --', paths)}\n")
     if report.unsynced:
-        command = _shown(report.sync, report.unsynced)
-        lines.append(f"W&B runs that are not known to be at W&B, and stay until they are:\n  {command}\n")
+        commands = "\n  ".join(_shown(command, paths) for command, paths in report.sync().items())
+        lines.append(f"W&B runs that are not known to be at W&B, and stay until they are:\n  {commands}\n")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -208,19 +208,18 @@ def sync(folder: Path) -> Result:
     weights of a finished run are evaluated again for that.
 
     Raises:
-        UserError: It is no run folder, the data are not there or have changed, or W&B can't be reached.
+        UserError: It is not the folder of a training, the data are not there or have changed, or W&B can't be reached.
     """
     config, _ = read_config(folder, Layer("sync", {"tracking": "online"}))
-    status = str(read_summary(folder).get("status"))
-    with open_run(config, "train", folder, status) as run:
-        if run.tracker.mode != "online":
-            raise UserError(f"W&B can't be reached: nothing of the run in {str(folder)!r} was sent")
+    if (job := read_summary(folder).get("job")) != "train":
+        raise UserError(f"the run in {str(folder)!r} is no training that could be sent, but a {job}: do it once more")
+    with open_run(config, "train", folder, only_sends=True) as run:
         if "find" not in (config.lr_min, config.lr_max):
             with_rates(config, run)
             describe_model(run)
             for row in logged_rows(run.folder, run.parts.watched):
                 run.tracker.log(row)
-        if status in ("finished", "diverged", "stopped"):
+        if run.summary["status"] in ("finished", "diverged", "stopped"):
             model = run.parts.model.to(run.parts.hardware.device, memory_format=run.parts.hardware.memory_format)
             conclude(config, run, model, evaluates=config.evaluate and "evaluation" in run.summary)
     return run.result()
@@ -317,7 +316,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, job: str, resume: Path | None = None, status: str = "running") -> Iterator[Run]:
+def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_sends: bool = False) -> Iterator[Run]:
     """Makes the run folder, builds the parts and opens the tracker; closes it and writes summary.json at the end.
 
     What goes wrong meanwhile is noted in the summary. Out of memory, it is told and the run has ended as `oom`; of a
@@ -327,7 +326,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, status: st
         config: The configuration.
         job: What the run does: W&B's job type.
         resume: The folder of a run to go on in; None for a new one.
-        status: The run's until it is known what it came to; another than "running" is that of a run that has ended.
+        only_sends: Whether the run in `resume` is only opened to send W&B what it lacks; it stays what it was.
 
     Raises:
         UserError: The run folder, the configuration or the data don't allow it, or the disk is full. A folder made for
@@ -338,8 +337,9 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, status: st
     mode, remark = choose_mode(config.tracking)
     if trial is None or config.gradcam_layers:  # a trial's data are loaded already: `build` tells as early
         check_names(config)
-    before = {} if resume is None else check_resumable(resume) if status == "running" else read_summary(resume)
-    if status == "running":
+    before = {} if resume is None else read_summary(resume) if only_sends else check_resumable(resume)
+    status = before.get("status", "running") if only_sends else "running"
+    if not only_sends:
         before.pop("evaluation", None)  # of weights that will change
     run_id, folder = (
         (before["wandb_id"], resume) if resume else make_run_folder(config, trial.run_id if trial else None)
@@ -382,7 +382,9 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, status: st
             },
             "git_commit": git_commit(),
         }
-        tracker = WandbTracker(config, facts, job, folder, run_id, mode) if mode != "disabled" else Tracker()
+        tracker = Tracker()
+        if mode != "disabled":
+            tracker = WandbTracker(config, facts, job, folder, run_id, mode, falls_back=not only_sends)
         run = Run(folder, wandb_root(config, folder), parts, tracker, summary)
         try:
             write_json(folder / "policy.json", policy)
@@ -395,14 +397,15 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, status: st
                 try:
                     yield run
                 except BaseException as error:
-                    outcome_of(error, config, run, status)
+                    outcome_of(error, config, run, only_sends)
                     with contextlib.suppress(Exception):  # what went wrong matters more
                         tracker.summarize(summary)
-                    if summary["status"] != "oom":
+                    if only_sends or summary["status"] != "oom":
                         raise
         except BaseException as error:
-            if summary["status"] == "running":  # W&B did not begin the run
+            if summary["status"] == "running" and not only_sends:  # W&B did not begin the run
                 summary["status"] = "failed"
+            summary["wandb_lost"] = tracker.lost
             with contextlib.suppress(OSError):
                 run.write_summary()
             if is_full(error):
@@ -413,6 +416,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, status: st
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 raise Failure(logged_bug(error, folder)) from error
             raise
+        summary["wandb_lost"] = tracker.lost
         run.write_summary()
 
 
@@ -421,11 +425,13 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def outcome_of(error: BaseException, config: RunConfig, run: Run, status: str) -> None:
+def outcome_of(error: BaseException, config: RunConfig, run: Run, only_sends: bool) -> None:
     """Notes in the summary what an exception makes of a run, and tells what to do if memory ran out.
 
-    One that had ended, with another status than "running", stays what it was.
+    One that is only sent to W&B stays what it was.
     """
+    if only_sends:
+        return
     if hardware.is_out_of_memory(error):
         device = run.parts.hardware.device
         run.summary["reason"] = f"out of memory on {device}: choose a batch_size below {config.batch_size}"
@@ -434,7 +440,7 @@ def outcome_of(error: BaseException, config: RunConfig, run: Run, status: str) -
         if device.type == "cuda":
             torch.cuda.empty_cache()
         run.summary["status"] = "oom"
-    elif status == "running":
+    else:
         goes_on = isinstance(error, KeyboardInterrupt) or is_full(error)
         run.summary["status"] = "interrupted" if goes_on else "failed"
 

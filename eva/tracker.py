@@ -401,7 +401,7 @@ class WandbTracker(Tracker):
                 wandb_client.end(0.0)  # it would go on trying
                 _tell(f"W&B lacks a part of this run; {self._remedy()}")
         if self.mode == "online" and not self.lost and self._step >= self._offline_steps:
-            for part in parts_of(self._root, self.run_id, "offline-"):  # or `wandb sync` would send them once more
+            for part in parts_of(self._root, self.run_id):  # or `wandb sync` would send them once more
                 (part / f"run-{self.run_id}.wandb.synced").touch()
 
     def _check_delivery(self) -> None:

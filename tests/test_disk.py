@@ -230,8 +230,9 @@ def test_what_w_and_b_keeps_of_a_run_can_go_once_all_of_it_is_sent(
         du(*(run / name for name in can_go)) if can_go else 0
     )
     assert set(found.unsynced) == {run / "wandb" / name for name, sent in wandb.items() if not sent}
-    sync = found.to_dict()["sync"]
-    assert ("--include-online" in sync) == ("run-1-abc" in wandb) if found.unsynced else sync is None
+    offline = [str(run / "wandb" / name) for name, sent in wandb.items() if not sent]
+    command = f"eva sync {run}" if "run-1-abc" in wandb else " ".join(["wandb sync", *offline])
+    assert found.to_dict()["sync"] == ([command] if found.unsynced else [])
 
 
 def test_staging_whose_runs_are_not_beside_it_stays(tmp_path: Path) -> None:

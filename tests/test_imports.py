@@ -46,4 +46,4 @@ def test_only_one_module_knows_each_large_package() -> None:
     }
     assert users["optuna"] == {"search"}
     assert users["torch_lr_finder"] == {"lr_range"}
-    assert users["wandb"] == {"tracker", "wandb_client", "wandb_log", "wandb_runs", "publish", "sweep_publish"}
+    assert users["wandb"] == {"tracker", "wandb_client", "wandb_log", "wandb_runs"}
