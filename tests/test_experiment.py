@@ -25,7 +25,8 @@ from eva.predictions import Predictions
 
 SUMMARY_KEYS = {
     *("status", "job", "recipe", "data", "data_fingerprint", "train_images", "parameters", "selected_on"),
-    *("wandb_id", "wandb_mode", "wandb_folders", "lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
+    *("wandb_id", "wandb_mode", "wandb_folders", "wandb_lost"),
+    *("lr_min", "lr_max", "val_accuracy_last", "val_accuracy_best"),
     *("best_epoch", "epochs", "steps", "seconds", "images_per_second", "hardware"),
 }
 TEST_KEYS = {"test_accuracy_last", "test_accuracy_best", "test_loss_best"}
