@@ -191,13 +191,18 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         if status == "interrupted" and stop_asked.by_agent():
             status = "stopped"
         run.summary.update(outcome(training, run.parts, status))
-        if status == "interrupted" and stop_asked.number == signal.SIGTERM:
-            run.tracker.preempted()  # the machine may be gone in seconds
+        if status == "interrupted":  # W&B gets its pictures at the end, after the rows that are to come
+            if stop_asked.number == signal.SIGTERM:
+                run.tracker.preempted()  # the machine may be gone in seconds
+            else:
+                draw_curves(run)
             run.tracker.summarize(run.summary)
             return run.result()
         if status == "finished":
             run.summary.update(test_at_the_end(training, run.parts, run.folder))
-        conclude(config, run, training.evaluated, evaluates=config.evaluate and not stop_asked.by_agent())
+        evaluates = config.evaluate and not stop_asked.by_agent()
+        # Of a sweep's trials its own pictures tell more, and in less time.
+        conclude(config, run, training.evaluated, draws=trial is None, evaluates=evaluates)
     return run.result()
 
 
@@ -221,7 +226,8 @@ def sync(folder: Path) -> Result:
                 run.tracker.log(row)
         if run.summary["status"] in ("finished", "diverged", "stopped"):
             model = run.parts.model.to(run.parts.hardware.device, memory_format=run.parts.hardware.memory_format)
-            conclude(config, run, model, evaluates=config.evaluate and "evaluation" in run.summary)
+            drawn = (folder / "figures" / "lr.png").exists()
+            conclude(config, run, model, draws=drawn, evaluates=config.evaluate and "evaluation" in run.summary)
     return run.result()
 
 
@@ -587,22 +593,23 @@ def inspect_best(config: RunConfig, model: nn.Module, run: Run) -> dict[str, Any
     return entries
 
 
-def conclude(config: RunConfig, run: Run, model: nn.Module, *, evaluates: bool) -> None:
-    """Draws the curves of a run, uploads its best weights, and evaluates them, loaded into `model`, if it finished."""
-    if current_trial() is None:  # of a sweep's trials its own pictures tell more, and in less time
-        draw_curves(run)
+def conclude(config: RunConfig, run: Run, model: nn.Module, *, draws: bool, evaluates: bool) -> None:
+    """Draws the curves of a run that has ended, uploads its best weights, and evaluates them, loaded into `model`."""
+    if draws:
+        for name, path in draw_curves(run).items():
+            run.tracker.log_image(f"figures/{name}", path)
     run.tracker.summarize(run.summary)
-    status, best = run.summary["status"], run.folder / BEST
-    if status != "interrupted" and best.exists():
+    best = run.folder / BEST
+    if best.exists():
         metadata = {"summary": run.summary, "config": to_dict(config)}
         run.tracker.log_artifact(f"model-{run.summary['wandb_id']}", "model", [best], metadata, ("best", "latest"))
-    if status == "finished" and evaluates:
+    if run.summary["status"] == "finished" and evaluates:
         run.summary.update(inspect_best(config, model, run))
         run.tracker.summarize(run.summary)
 
 
-def draw_curves(run: Run) -> None:
-    """Draws loss and accuracy by epoch and the learning rate by step from the run's CSV files."""
+def draw_curves(run: Run) -> dict[str, Path]:
+    """Draws loss and accuracy by epoch and the learning rate by step from the run's CSV files, into figures by name."""
     history = read_columns(run.folder / "history.csv", [])
     epochs = read_columns(run.folder / "epochs.csv", [])
     drawn = {}
@@ -612,8 +619,7 @@ def draw_curves(run: Run) -> None:
     if history:
         rates = [Rates(*pair) for pair in zip(history["lr"], history["momentum"], strict=True)]
         drawn["lr"] = figures.lr_curve(history["trainer/step"], rates, "learning rate by step")
-    for name, figure in drawn.items():
-        run.tracker.log_image(f"figures/{name}", figures.save(figure, run.folder / "figures" / f"{name}.png"))
+    return {name: figures.save(figure, run.folder / "figures" / f"{name}.png") for name, figure in drawn.items()}
 
 
 class StopSignal:

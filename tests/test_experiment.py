@@ -376,17 +376,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
 # What W&B and a changed world may not do to a run
 
 
-def test_a_bad_account_costs_no_run_and_leaves_no_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "bad")
-    result = train(make_config(tmp_path / "run", tracking="online"))
-    assert (result.status, result.summary["wandb_mode"]) == ("finished", "offline")
-    told = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
-    assert len(told) == 1 and "40" in told[0] and "it is tracked offline" in told[0]
-    assert "WANDB_DATA_DIR" not in os.environ
-
-
 def test_a_run_id_that_is_no_name_of_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_RUN_ID", "a/b:c d")

@@ -24,7 +24,7 @@ SETTINGS = {**SMALL_RUN, "epochs": 4, "deterministic": True, "project": "faults"
 CLOCK = {"seconds", "images_per_second", "train_epoch/seconds"}
 # Seconds that W&B gets where it will not answer; what a busy machine takes besides; and the patience of a test.
 SHORT = 4
-SLACK = 10
+SLACK = 20
 TIMEOUT = 300
 
 
