@@ -40,9 +40,9 @@ class TimedSaver(checkpoints.Saver):
         super().save(state)
         self.blocked.append(time.perf_counter() - started)
 
-    def _write(self, *arguments: Any) -> None:
+    def _bring_to_the_disk(self, *arguments: Any) -> None:
         started = time.thread_time()
-        super()._write(*arguments)
+        super()._bring_to_the_disk(*arguments)
         self.written.append(time.thread_time() - started)
 
 

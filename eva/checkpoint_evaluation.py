@@ -19,7 +19,7 @@ from eva.experiment import EVAL_BATCH_SIZE, Result, build_model
 from eva.files import write_json
 from eva.hardware import choose_hardware, describe
 from eva.policies import Policy, build_policy
-from eva.run_folder import check_writable, git_commit, make_run_folder, new_run_id, read_summary, write_config
+from eva.run_folder import git_commit, held, make_run_folder, new_run_id, read_summary, write_config
 from eva.tracker import Tracker, WandbTracker, choose_mode
 
 
@@ -151,39 +151,33 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig) -> Result:
         print("note: these are not the data that the network was trained on (their fingerprints differ)")
 
     in_place = checkpoint.folder is not None and config.out is None
-    if in_place and checkpoint.folder is not None:
-        run_id, folder, summary = new_run_id(), checkpoint.folder, read_summary(checkpoint.folder)
-        check_writable(folder)
-    else:
-        run_id, folder = make_run_folder(config)
-        summary = {"status": "finished", "job": "evaluate", "wandb_id": run_id, "wandb_mode": mode, "wandb_folders": []}
-    source = {"checkpoint": checkpoint.origin, "checkpoint_of": facts["run"], "into": summary["wandb_id"]}
-    about = {**to_dict(config), **source, "hardware": describe(chosen), "git_commit": git_commit()}
-    name = config.name or f"evaluate-{facts['run']}"
-    tracker = (
-        WandbTracker(replace(config, name=name), about, "evaluate", folder, run_id, mode)
-        if mode != "disabled"
-        else Tracker()
-    )
-    try:
+    run_id, folder = make_run_folder(config) if checkpoint.folder is None or config.out else (None, checkpoint.folder)
+    with held(folder):  # a training in it would write the same files
+        if run_id is None:
+            run_id, summary = new_run_id(), read_summary(folder)
+        else:
+            summary = {"status": "finished", "job": "evaluate", "wandb_id": run_id}
+            summary |= {"wandb_mode": mode, "wandb_folders": []}
+        source = {"checkpoint": checkpoint.origin, "checkpoint_of": facts["run"], "into": summary["wandb_id"]}
+        about = {**to_dict(config), **source, "hardware": describe(chosen), "git_commit": git_commit()}
+        name = config.name or f"evaluate-{facts['run']}"
+        tracker = Tracker()
+        if mode != "disabled":
+            tracker = WandbTracker(replace(config, name=name), about, "evaluate", folder, run_id, mode)
         found = inspection.inspect(model, split, batches, config, chosen, dataset.classes, dataset.fingerprint)
-    except UserError:  # before anything is written
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-    with tracker:
-        if checkpoint.artifact and not tracker.use_artifact(checkpoint.artifact) and mode == "online":
-            print(f"W&B has no artifact {checkpoint.artifact}: the evaluation is logged without it")
-        if not in_place:
-            shutil.copyfile(checkpoint.path, folder / "best.safetensors")
-            write_config(folder, config)
-        summary.update(inspection.write(found, folder))
+        with tracker:
+            if checkpoint.artifact and not tracker.use_artifact(checkpoint.artifact) and mode == "online":
+                print(f"W&B has no artifact {checkpoint.artifact}: the evaluation is logged without it")
+            if not in_place:
+                shutil.copyfile(checkpoint.path, folder / "best.safetensors")
+                write_config(folder, config)
+            summary.update(inspection.write(found, folder))
+            write_json(folder / "summary.json", summary)
+            inspection.log(found, folder, tracker, summary["wandb_id"], source)
+            tracker.summarize({"status": "finished", **{name: summary[name] for name in ("evaluation",)}})
+        tracked = {"wandb_mode": tracker.mode, "wandb_folders": [str(tracker.folder)] if tracker.folder else []}
+        summary.update({**({} if in_place else tracked), "evaluation": {**summary["evaluation"], **tracked}})
         write_json(folder / "summary.json", summary)
-        inspection.log(found, folder, tracker, summary["wandb_id"], source)
-        tracker.summarize({"status": "finished", **{name: summary[name] for name in ("evaluation",)}})
-    tracked = {"wandb_mode": tracker.mode, "wandb_folders": [str(tracker.folder)] if tracker.folder else []}
-    summary.update({**({} if in_place else tracked), "evaluation": {**summary["evaluation"], **tracked}})
-    write_json(folder / "summary.json", summary)
     return Result(summary["status"], folder, summary)
 
 

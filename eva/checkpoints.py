@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +37,18 @@ SAVING_SHARE = 0.02
 def save_weights(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes parameters and buffers as safetensors, with `facts` (plain values) as JSON in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "eva": json.dumps(finite(facts))}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    metadata = {"format": "pt", "eva": json.dumps(finite(facts)), "digest": _digest_of(tensors)}
+    with _errors_of_the_disk(path.parent):
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 digest of tensors with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -49,10 +59,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     try:
         tensors = load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("digest")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {str(path)!r}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{str(path)!r} is not a readable checkpoint: {error}") from None
+    if digest is not None and digest != _digest_of(tensors):
+        raise UserError(f"the checkpoint {str(path)!r} is damaged: its tensors have not the digest in its header")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -113,27 +127,24 @@ def save_state(run_folder: Path, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def newest_state(run_folder: Path) -> tuple[dict[str, Any], Path]:
-    """Returns the newest state that is whole, tensors on the CPU, and where it is. Nothing in it is executed.
+def newest_state(run_folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """Returns the newest state that is whole, tensors on the CPU, and where it is; None if there is none.
 
-    A newer one that is damaged is named in a warning on stderr, and left where it is.
+    Nothing in it is executed. One that is damaged is named in a warning on stderr and laid aside under another name.
 
     Raises:
-        UserError: There is none, all are damaged, or they are of another version of eva.
+        UserError: It is of another version of eva, or holds more than plain values and tensors.
     """
-    problems = []
     for path in saved_states(run_folder):
-        try:
-            state = _read_state(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; going on from the one before, {str(path)!r}", file=sys.stderr, flush=True)
-        return state, path
-    if not problems:
-        raise UserError(f"no state to resume from in {str(run_folder / STATES)!r}")
-    raise UserError("\n".join(problems))
+        if _digest(path) == path.stem.partition("-")[2]:
+            return _read_state(path), path
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        rest = saved_states(run_folder)
+        then = f"going on from the one before, {str(rest[0])!r}" if rest else "there is none before it: beginning again"
+        told = f"the state {str(path)!r} is damaged, its content has not the digest in its name; {then}"
+        print(f"warning: {told}", file=sys.stderr, flush=True)
+    return None
 
 
 def _digest(path: Path) -> str:
@@ -143,11 +154,7 @@ def _digest(path: Path) -> str:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        if _digest(path) != path.stem.partition("-")[2]:
-            raise UserError(f"the state {str(path)!r} is damaged: its content has not the digest in its name")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:  # torch raises several kinds for what it didn't write, or would have to execute
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{str(path)!r} is not a readable state: {reason}") from None
@@ -161,7 +168,10 @@ def _errors_of_the_disk(folder: Path) -> Iterator[None]:
     """Makes an OSError again of what torch makes of one when it writes."""
     try:
         yield
-    except RuntimeError:
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(folder)) from None
         if shutil.disk_usage(folder).free < 1 << 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
         raise
@@ -243,8 +253,8 @@ class Saver:
         """
         self._folder, self._journals = folder, journals
         self._buffers = Buffers(tensors)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._writing: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self._best = best
         self._best_on_disk: Best | None = None
         self._seconds = 0.0  # that the last save took
@@ -256,11 +266,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._thread.shutdown(wait=True)
+        if kind is None:  # or the disk may be slow, and somebody wants an end
+            self.wait()
 
     def idle_seconds(self) -> float:
         """Returns how long ago the last save ended, or this began; 0 while one is being written."""
@@ -288,7 +295,9 @@ class Saver:
         self.wait()
         started = time.monotonic()
         copied = self._buffers.copy(state)
-        self._writing = self._thread.submit(self._write, copied, self._best, started)
+        # A daemon, so that a process that is to end at once does not wait for the disk: what is cut off doesn't count.
+        self._thread = threading.Thread(target=self._write, args=(copied, self._best, started), daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
         """Waits until all is on the disk.
@@ -296,14 +305,23 @@ class Saver:
         Raises:
             OSError: It could not be written.
         """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def _busy(self) -> bool:
-        return self._writing is not None and not self._writing.done()
+        return self._thread is not None and self._thread.is_alive()
 
     def _write(self, copied: Mapping[str, Any] | None, best: Best | None, started: float) -> None:
+        try:
+            self._bring_to_the_disk(copied, best, started)
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+
+    def _bring_to_the_disk(self, copied: Mapping[str, Any] | None, best: Best | None, started: float) -> None:
         for journal in self._journals:
             with open(journal, "rb") as file:
                 os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from eva.config import (
     Failure,
     Layer,
     RunConfig,
+    Terminated,
     UserError,
     collected,
     default_of,
@@ -34,7 +35,7 @@ EXIT_FAILURE = 1  # a bug's, or a check of `eva doctor` that failed
 EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
-RESUME_SETTINGS = ("workers", "tracking", "tracking_timeout", "save_steps")
+RESUME_SETTINGS = ("data", "data_dir", "workers", "tracking", "tracking_timeout", "save_steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,11 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
@@ -212,10 +217,14 @@ def run_sync(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
         raise UserError(f"unknown argument {unknown[0]!r}; eva sync --help lists all")
     from eva import experiment
 
+    code = 0
     for folder in arguments.folders:
         result = experiment.sync(Path(folder))
-        print(f"sent: {folder} (status {result.status})")
-    return 0
+        if result.summary["wandb_lost"]:  # which the tracker has told
+            code = EXIT_FAILURE
+        else:
+            print(f"sent: {folder} (status {result.status})")
+    return code
 
 
 def configure_again(

@@ -30,6 +30,10 @@ class UserError(ValueError):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: as Ctrl-C, but the machine may be gone in seconds."""
+
+
 class Failure(RuntimeError):
     """A bug, told in one line; the traceback lies where the line says. The command line exits with code 1."""
 

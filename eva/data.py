@@ -810,7 +810,7 @@ def _tells_of_a_death(error: Exception) -> bool:
     if str(error).startswith("Caught "):  # as torch passes on what a worker raised
         return False
     lost_on_the_way = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
-    return lost_on_the_way or "DataLoader worker (pid" in str(error)
+    return lost_on_the_way or any(told in str(error) for told in ("DataLoader worker (pid", "Pin memory thread exited"))
 
 
 def _begun(begin: Callable[[int, bool], Iterator[Batch]], batch: int, anew: bool) -> Iterator[Batch]:

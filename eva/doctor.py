@@ -729,6 +729,13 @@ def attempt(config: RunConfig, resume: bool = False) -> None:
         process.join()
 
 
+def _state_of(folder: Path) -> dict[str, Any]:
+    newest = newest_state(folder)
+    if newest is None:
+        raise UserError(f"the run in {str(folder)!r} saved no state")
+    return newest[0]
+
+
 def kill_one(config: RunConfig) -> int | None:
     """Starts a run and kills it once a state is there; returns the step of that, or None if it was through by then."""
     folder = Path(str(config.out))
@@ -742,13 +749,13 @@ def kill_one(config: RunConfig) -> int | None:
         process.join()
     if process.exitcode != -signal.SIGKILL or not saved_states(folder):
         return None
-    progression = newest_state(folder)[0]["progression"]
+    progression = _state_of(folder)["progression"]
     return None if progression["ended"] else int(progression["step"])
 
 
 def compared(alone: Path, killed: Path, exact: bool) -> tuple[list[str], int]:
     """Returns in what two runs differ, wall-clock aside, and how many steps they have."""
-    states = [without_clock(newest_state(folder)[0]) for folder in (alone, killed)]
+    states = [without_clock(_state_of(folder)) for folder in (alone, killed)]
     watched = "test"  # nothing is held out
     rows = [list(map(without_times, logged_rows(folder, watched))) for folder in (alone, killed)]
     steps = int(states[0]["progression"]["step"])

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -20,17 +21,17 @@ from torch import nn
 
 from eva import data, evaluation, figures, hardware, inspection, lr_range, models, policies
 from eva.checkpoints import BEST, load_weights
-from eva.config import Failure, Layer, RunConfig, UserError, collected, to_dict
+from eva.config import Failure, Layer, RunConfig, Terminated, UserError, collected, to_dict
 from eva.data import Dataset, Split
-from eva.files import write_json
+from eva.files import write_atomically, write_json
 from eva.gradcam import GradCAM
 from eva.loop import Training, fit, logged_rows, prepare
 from eva.lr_range import LrRange
 from eva.records import read_columns
 from eva.run_folder import (
-    LOCK,
     check_resumable,
     check_unchanged,
+    check_unused,
     git_commit,
     held,
     make_run_folder,
@@ -177,12 +178,14 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
     trial = current_trial()
     if trial is not None:
         config, resume = in_trial(config, trial)
+    if config.wandb_dir is not None:  # it may be gone on with from elsewhere
+        config = replace(config, wandb_dir=os.path.abspath(config.wandb_dir))
     with open_run(config, "train", resume) as run:
         config = with_rates(config, run)
         describe_model(run)
         training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
         training.facts = checkpoint_facts(config, run)
-        if resume and saved_states(run.folder):
+        if resume:
             training.load(run.folder)
         watched = run.parts.watched_loader, run.parts.watched
         ends_early = (lambda row: False) if trial is None else trial.report
@@ -343,26 +346,26 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
     mode, remark = choose_mode(config.tracking)
     if trial is None or config.gradcam_layers:  # a trial's data are loaded already: `build` tells as early
         check_names(config)
-    before = {} if resume is None else read_summary(resume) if only_sends else check_resumable(resume)
-    status = before.get("status", "running") if only_sends else "running"
-    if not only_sends:
-        before.pop("evaluation", None)  # of weights that will change
-    run_id, folder = (
-        (before["wandb_id"], resume) if resume else make_run_folder(config, trial.run_id if trial else None)
-    )
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder))
-            parts = build(config)
-            policy = parts.policy.describe()
-            if resume:
-                check_unchanged(resume, before, parts.dataset.fingerprint, policy)
-        except BaseException:
-            if not resume:
-                with contextlib.suppress(OSError):
-                    (folder / LOCK).unlink()
-                    folder.rmdir()
-            raise
+    if resume is None:
+        run_id, folder = make_run_folder(config, trial.run_id if trial else None)
+    else:
+        folder = resume
+        (read_summary if only_sends else check_resumable)(folder)  # told before anything is waited for
+    with held(folder):
+        if resume is None:
+            check_unused(folder)
+            before: dict[str, Any] = {}
+        else:
+            before = read_summary(folder) if only_sends else check_resumable(folder)
+            run_id = before["wandb_id"]
+        status = before.get("status", "running") if only_sends else "running"
+        if not only_sends:
+            for name in ("evaluation", "reason"):  # of weights that will change, of what went wrong before
+                before.pop(name, None)
+        parts = build(config)
+        policy = parts.policy.describe()
+        if resume:
+            check_unchanged(resume, before, parts.dataset.fingerprint, policy)
         if remark:
             print(remark)
         summary: dict[str, Any] = {
@@ -404,6 +407,10 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
                     yield run
                 except BaseException as error:
                     outcome_of(error, config, run, only_sends)
+                    if isinstance(error, Terminated):
+                        tracker.preempted()
+                    if isinstance(error, KeyboardInterrupt) and job == "train" and not only_sends:
+                        print(f"go on with: eva train --resume {folder}", flush=True)
                     with contextlib.suppress(Exception):  # what went wrong matters more
                         tracker.summarize(summary)
                     if only_sends or summary["status"] != "oom":
@@ -495,8 +502,9 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
     print(f"range test: {config.find_lr_steps} steps from {config.find_lr_start:g} to {config.find_lr_end:g}")
     curve = lr_range.record_curve(config, run.parts.hardware, run.parts.model, run.parts.train_loader)
     rows = list(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
-    with open(run.folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("lr", "loss", "smoothed"), *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("lr", "loss", "smoothed"), *rows])
+    write_atomically(run.folder / "lr_range.csv", lambda path: path.write_text(text.getvalue(), "utf-8", newline=""))
     found = None
     try:
         found = lr_range.suggest(curve)
@@ -512,6 +520,8 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
 def log_curve(run: Run) -> None:
     """Logs the range test's curve and its picture from the run folder."""
     columns = read_columns(run.folder / "lr_range.csv", [])
+    if columns.keys() < {"lr", "loss", "smoothed"}:
+        raise UserError(f"{str(run.folder / 'lr_range.csv')!r} is damaged: it holds no curve; start the run anew")
     for row in zip(*(columns[name] for name in ("lr", "loss", "smoothed")), strict=True):
         run.tracker.log(dict(zip(("lr_range/lr", "lr_range/loss", "lr_range/smoothed"), row, strict=True)))
     run.tracker.log_image("lr_range/curve", run.folder / "figures" / "lr_range.png")
@@ -655,7 +665,11 @@ def stop_signals() -> Iterator[StopSignal]:
             ignored = number == signal.SIGTERM and under_agent()
             signal.signal(number, signal.SIG_IGN if ignored else handler)
 
+    process = os.getpid()
+
     def ask(number: int, frame: object) -> None:
+        if os.getpid() != process:  # a data worker, which ends with this process
+            return
         asked.number = number
         restore()
         print("stopping after this batch; once more to stop at once", flush=True)

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from eva.files import write_atomically
 from eva.lr_range import LrCurve, LrRange
 from eva.schedules import Rates
 
@@ -51,7 +52,7 @@ class Picture(Figure):
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png"))
     return path
 
 

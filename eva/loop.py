@@ -103,12 +103,16 @@ class Training:
         }
 
     def load(self, run_folder: Path) -> None:
-        """Restores the newest state in a run folder that is whole, and says which.
+        """Restores the newest state in a run folder that is whole, and says which; without one nothing is changed.
 
         Raises:
-            UserError: There is none, all are damaged, of another version, or that of another configuration.
+            UserError: It is that of another version or of another configuration.
         """
-        state, path = newest_state(run_folder)
+        newest = newest_state(run_folder)
+        if newest is None:
+            print("no state was saved: beginning at the first step")
+            return
+        state, path = newest
         try:
             self.model.load_state_dict(state["model"])
             if self.averaged is not None:
@@ -245,15 +249,37 @@ class Journal:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(rows)
 
     def rows(self) -> Iterator[Row]:
-        """Yields the rows as they were appended, numbers of each kind included."""
-        with open(self.path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                yield {name: int(text) if text.lstrip("-").isdigit() else float(text) for name, text in row.items()}
+        """Yields the rows as they were appended, numbers of each kind included.
 
-    def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
-        """Drops the rows that a resumed run will write again, and one that a crash cut short."""
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values() and wanted(row)]
+        Raises:
+            UserError: One holds something else than numbers.
+        """
+        for row in self._whole_rows():
+            try:
+                yield {name: int(text) if text.isdecimal() else float(text) for name, text in row.items()}
+            except ValueError as error:
+                raise UserError(f"{str(self.path)!r} is damaged: {error}; start the run anew") from None
+
+    def _whole_rows(self) -> list[dict[str, str]]:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+            return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+
+    def keep(self, key: str, numbers: range) -> None:
+        """Drops the rows that a resumed run will write again, and one that a crash cut short.
+
+        Args:
+            key: The column that numbers the rows.
+            numbers: The rows that are to be there, each once and in order.
+
+        Raises:
+            UserError: They are not.
+        """
+        rows = [row for row in self._whole_rows() if row[key].isdecimal() and int(row[key]) < numbers.stop]
+        if [int(row[key]) for row in rows] != list(numbers):
+            raise UserError(
+                f"{str(self.path)!r} is damaged: the rows of {key} {numbers.start} to {numbers.stop - 1} must be "
+                "there, each once and in order; start the run anew"
+            )
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -292,8 +318,8 @@ def fit(
     config, now = training.config, training.progression
     history = Journal(folder / "history.csv", BATCH_COLUMNS)
     epochs = Journal(folder / "epochs.csv", epoch_columns(watched))
-    history.keep(lambda row: int(row["trainer/step"]) < now.step)
-    epochs.keep(lambda row: int(row["epoch"]) <= now.epoch)
+    history.keep("trainer/step", range(now.step))
+    epochs.keep("epoch", range(1, now.epoch + 1))
     # Of these the tracker sends what a run that was killed had no time to send.
     for row in logged_rows(folder, watched):
         tracker.log(row)

@@ -45,13 +45,23 @@ def make_run_folder(config: RunConfig, run_id: str | None = None) -> tuple[str, 
     folder = Path(config.out or Path("runs") / run_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
-        if names - FIRST_FILES or (names and LOCK not in names):
-            raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
+        check_unused(folder)
     except OSError as error:
         raise UserError(f"cannot make run folder {str(folder)!r}: {error.strerror}; choose another --out") from None
     check_writable(folder)
     return run_id, folder
+
+
+def check_unused(folder: Path) -> None:
+    """Checks that no run has begun in a folder, or none that came so far as to write its configuration.
+
+    Raises:
+        UserError: One has, or the folder holds something else.
+    """
+    names = {path.name for path in folder.iterdir()}
+    left = {name for name in names - FIRST_FILES if not name.startswith(tuple(f".{first}." for first in FIRST_FILES))}
+    if left or (names and LOCK not in names):
+        raise UserError(f"run folder {str(folder)!r} is not empty; choose another --out, or --resume {folder}")
 
 
 def check_writable(folder: Path) -> None:
@@ -80,16 +90,22 @@ def held(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in a run folder; the kernel ends this when the process dies, however it does.
 
     What a killed process leaves running is waited for: its data workers, and W&B's client, which stores and sends what
-    it has for some two seconds. On a disk that knows no locks nothing is held.
+    it has for some two seconds. On a disk that knows no locks nothing is held. A folder in which nothing came to be is
+    removed.
 
     Raises:
-        UserError: Another process has the folder.
+        UserError: Another process has the folder, or it can't be written in.
     """
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not _locked(file.fileno()):
+    check_writable(folder)
+    deadline = time.monotonic() + WAIT_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(folder / LOCK, "a+", encoding="utf-8"))
+            if _locked(file.fileno()) and _is_at(file.fileno(), folder / LOCK):
+                break
+            file.close()
             if time.monotonic() > deadline:
-                raise UserError(f"the run in {str(folder)!r} is being trained by another process")
+                raise UserError(f"the run in {str(folder)!r} is in the hands of another process")
             time.sleep(0.1)
         file.seek(0)
         before = file.read()
@@ -100,7 +116,21 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise
+
+
+def _is_at(number: int, path: Path) -> bool:
+    """Tells whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except OSError:
+        return False
 
 
 def _locked(number: int) -> bool:
@@ -122,6 +152,8 @@ def check_resumable(folder: Path) -> dict[str, Any]:
     summary = read_summary(folder)
     if summary.get("status") in ("finished", "diverged", "stopped"):
         raise UserError(f"the run in {str(folder)!r} has ended (status {summary['status']!r}): nothing to resume")
+    if (job := summary.get("job", "train")) != "train":
+        raise UserError(f"the run in {str(folder)!r} is no training: {job} is done once more, not resumed")
     if (folder / "state.pt").exists() and not saved_states(folder):
         raise UserError(f"the state of the run in {str(folder)!r} is that of an older version of eva; start it anew")
     return summary

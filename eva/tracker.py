@@ -309,7 +309,7 @@ class WandbTracker(Tracker):
                     group=self._config.group,
                     job_type=self._job,
                     # A folder that somebody named is a better name than the two words that W&B would draw.
-                    name=self._config.name or (Path(self._config.out).name if self._config.out else None),
+                    name=self._config.name or (Path(self._config.out).absolute().name if self._config.out else None),
                     tags=list(self._config.tags) or None,
                     id=self.run_id,
                     resume="allow" if self.mode == "online" else None,

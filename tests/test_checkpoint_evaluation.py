@@ -251,7 +251,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object], weight: floa
             name: torch.full_like(tensor, weight) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
-    save_file(tensors, path, {**metadata, "eva": json.dumps(facts)})
+    save_file(tensors, path, {"format": "pt", "eva": json.dumps(facts)})
 
 
 def test_weights_of_nan_are_a_result_without_a_loss(

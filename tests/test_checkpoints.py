@@ -18,6 +18,7 @@ from torch import nn
 from eva.checkpoints import Buffers, Saver, load_weights, newest_state, save_state, save_weights
 from eva.config import UserError
 from eva.files import write_atomically, write_json
+from eva.run_folder import saved_states
 
 
 def make_model(channels: int = 4, seed: int = 0) -> nn.Sequential:
@@ -85,8 +86,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint at '.*gone\.safetensors'"):
         load_weights(tmp_path / "gone.safetensors", make_model())
-    with pytest.raises(UserError, match=r"no state to resume from in '.*state'"):
-        newest_state(tmp_path)
+    assert newest_state(tmp_path) is None
 
 
 # States
@@ -95,7 +95,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"tensor": torch.randn(3, 2), "nested": {"list": [1, 2.5, None], "tuple": (1, (2, 3))}, "inf": math.inf}
     path = save_state(tmp_path, state)
-    loaded, read = newest_state(tmp_path)
+    loaded, read = newest(tmp_path)
     assert read == path
     assert torch.equal(loaded.pop("tensor"), state.pop("tensor"))  # type: ignore[arg-type]
     assert loaded == {"format": 2, **state}
@@ -108,7 +108,7 @@ def test_the_last_two_states_stay_and_tell_their_digest(tmp_path: Path) -> None:
     assert [path.name[:7] for path in paths] == ["000011-", "000012-"]
     for path in paths:
         assert path.stem[7:] == hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-    assert newest_state(tmp_path)[0]["step"] == 11
+    assert newest(tmp_path)[0]["step"] == 11
 
 
 def test_a_damaged_state_is_named_and_the_one_before_is_taken(
@@ -120,14 +120,33 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(
     flipped = bytes([*whole[:700], whole[700] ^ 1, *whole[701:]])  # in the tensor: torch itself would not notice
     for content in (flipped, *(whole[:length] for length in (0, 1, 60, len(whole) // 2, len(whole) - 1))):
         path.write_bytes(content)
-        state, read = newest_state(tmp_path)
+        state, read = newest(tmp_path)
         assert read == before and not state["tensor"].any()
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and f"warning: the state {str(path)!r} is damaged" in told and str(before) in told
-    before.write_bytes(b"")
-    with pytest.raises(UserError, match=r"000002-.*is damaged.*\n.*000001-.*is damaged") as raised:
-        newest_state(tmp_path)
-    assert str(raised.value).count("\n") == 1
+    kept = save_state(tmp_path, {"step": 3})  # what is damaged doesn't count among the two that stay
+    assert saved_states(tmp_path) == [kept, before]
+    for whole_one in (kept, before):
+        whole_one.write_bytes(b"")
+    assert newest_state(tmp_path) is None
+    assert "there is none before it: beginning again" in capsys.readouterr().err
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], Path]:
+    found = newest_state(folder)
+    assert found is not None
+    return found
+
+
+def test_weights_whose_bytes_changed_are_refused(tmp_path: Path) -> None:
+    """safetensors itself does not notice."""
+    path = tmp_path / "w.safetensors"
+    save_weights(path, make_model().state_dict(), {})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"w\.safetensors' is damaged: its tensors have not the digest in its header"):
+        load_weights(path, make_model())
 
 
 def put_state(folder: Path, content: bytes) -> None:
@@ -163,7 +182,10 @@ def test_a_full_disk_is_said_and_costs_no_earlier_state(small_disk: Callable[...
     with pytest.raises(OSError, match="No space left on device"):
         save_state(folder, {"tensor": torch.ones(1 << 18)})
     assert list((folder / "state").iterdir()) == [first]
-    assert newest_state(folder)[0]["tensor"].all()
+    assert newest(folder)[0]["tensor"].all()
+    with pytest.raises(OSError, match="No space left on device"):
+        save_weights(folder / "w.safetensors", {"tensor": torch.ones(1 << 18)}, {})
+    assert {path.name for path in folder.iterdir()} == {"state"}
 
 
 # Saving beside the training
@@ -185,9 +207,9 @@ def test_copies_are_equal_independent_and_made_in_the_same_memory_again() -> Non
         for name, tensor in live["model"].items():
             assert torch.equal(copied["model"][name], tensor) and copied["model"][name].stride() == tensor.stride()
             assert copied["model"][name].data_ptr() != tensor.data_ptr()
-        momentum = copied["optimizer"]["state"][0]["momentum_buffer"]
-        assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
-        places.append({tensor.data_ptr() for tensor in (*copied["model"].values(), momentum)})
+        momenta = [one["momentum_buffer"] for one in copied["optimizer"]["state"].values()]
+        assert torch.equal(momenta[0], optimizer.state_dict()["state"][0]["momentum_buffer"])
+        places.append({tensor.data_ptr() for tensor in (*copied["model"].values(), *momenta)})
         buffers.give_back(copied)
     assert places[1] == places[2]
 
@@ -201,7 +223,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path: Path) -
                 saver.keep_best({"weight": tensor}, {"epoch": number})
             saver.save({"tensor": tensor})
             tensor.fill_(-1)
-    state, _ = newest_state(tmp_path)
+    state, _ = newest(tmp_path)
     assert state["tensor"].eq(3).all()
     assert state["best"]["weights"]["weight"].eq(2).all() and state["best"]["facts"] == {"epoch": 2}
     assert load_file(tmp_path / "best.safetensors")["weight"].eq(2).all()

@@ -435,7 +435,9 @@ def test_a_range_test_of_the_model_itself_fails(subject: Subject, monkeypatch: p
 
 def spoil(folder: Path) -> None:
     """Makes a run go on with a weight, a generator and a row that are not its own."""
-    state, _ = newest_state(folder)
+    newest = newest_state(folder)
+    assert newest is not None
+    state = newest[0]
     weight = next(value for value in state["model"].values() if value.is_floating_point())
     weight[(0,) * weight.ndim] += 1e-6
     torch.manual_seed(1)

@@ -15,9 +15,10 @@ import torch
 from conftest import BIN, SMALL_RUN, OfflineRun, flags, inspect
 from PIL import Image
 from safetensors.torch import load_file
+from test_loop import state_of
 
 from eva import experiment, run_folder
-from eva.checkpoints import load_weights, newest_state
+from eva.checkpoints import load_weights
 from eva.config import Failure, Layer, RunConfig, UserError, read_yaml, resolve
 from eva.evaluation import evaluate, predict
 from eva.experiment import build, find_lr, show_policy, show_schedule, stop_signals, train
@@ -112,7 +113,7 @@ def test_the_written_configuration_gives_the_same_run(offline_run: OfflineRun, t
     assert not {path.name for path in (tmp_path / "run").iterdir()} & EVALUATED
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == {"loss", "accuracy", "lr"}
     assert "evaluation" not in result.summary
-    ours, theirs = (newest_state(folder)[0]["model"] for folder in (tmp_path / "run", offline_run.folder))
+    ours, theirs = (state_of(folder)["model"] for folder in (tmp_path / "run", offline_run.folder))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     best = load_file(offline_run.folder / "best.safetensors")
     assert all(
@@ -286,7 +287,7 @@ def test_a_bug_is_one_line_and_its_traceback_is_in_the_run_folder(tmp_path: Path
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
     with experiment.open_run(make_config(tmp_path / "run"), "train"):
-        with pytest.raises(UserError, match="is being trained by another process"):
+        with pytest.raises(UserError, match="is in the hands of another process"):
             train(make_config(tmp_path / "run"), resume=tmp_path / "run")
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "running"
 

@@ -375,7 +375,7 @@ def test_a_folder_for_wandb_that_cannot_be_is_refused(machine: Machine) -> None:
     (machine.home / "file").write_text("")
     attempt = machine.train(tracking="offline", wandb_dir="file")
     assert attempt.process.wait(TIMEOUT) == 2
-    assert "wandb_dir 'file' can't be made: File exists" in attempt.stderr
+    assert f"wandb_dir {str(machine.home / 'file')!r} can't be made: File exists" in attempt.stderr
 
 
 # Reading

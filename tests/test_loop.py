@@ -371,12 +371,19 @@ def test_divergence_leaves_the_best_weights_and_the_state_of_before(tmp_path: Pa
     assert len(done.epoch_rows) == 1
     left, right = (load_file(folder / "best.safetensors") for folder in (done.folder, whole.folder))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    (before, _), (good, _) = (newest_state(folder) for folder in (done.folder, whole.folder))
+    before, good = (state_of(folder) for folder in (done.folder, whole.folder))
     assert before["progression"]["step"] == 5 and good["model"].keys() == before["model"].keys()
     assert all(torch.equal(tensor, good["model"][name]) for name, tensor in before["model"].items())
 
 
 # Resume
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    found = newest_state(folder)
+    assert found is not None
+    return found[0]
+
 
 EVERYTHING: dict[str, Any] = {
     **{"policy": "digits", "dropout": 0.3, "ema_decay": 0.7, "epochs": 4, "lr_max": 0.4},
@@ -530,8 +537,17 @@ def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
 def test_a_journal_keeps_the_wanted_rows_and_leaves_out_other_keys(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "file.csv", ("a", "b"))
     journal.append([{"a": number, "b": math.nan, "c": 5} for number in range(4)])
-    Journal(tmp_path / "file.csv", ("a", "b")).keep(lambda row: int(row["a"]) < 2)
+    Journal(tmp_path / "file.csv", ("a", "b")).keep("a", range(2))
     assert (tmp_path / "file.csv").read_text().split() == ["a,b", "0,nan", "1,nan"]
+
+
+@pytest.mark.parametrize("content", [None, "", "a,b\n0,1\n", "a,b\n0,1\n2,1\n", "a,b\n0,1\nx1,1\n", "a,b\n1,1\n0,1\n"])
+def test_a_journal_that_lacks_rows_is_damaged(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "file.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"file\.csv' is damaged: the rows of a 0 to 1 must be there, each once"):
+        Journal(path, ("a", "b")).keep("a", range(2))
 
 
 # The terminal

@@ -388,7 +388,7 @@ class Logged:
 
     rows: dict[str, Any]
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: Mapping[str, Any], step: int, commit: bool) -> None:
         self.rows.update(row)
 
     def log_artifact(self, artifact: object, aliases: list[str]) -> None:

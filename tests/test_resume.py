@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import inspect
 from safetensors.torch import load_file
+from test_loop import state_of
 
-from eva.checkpoints import newest_state
 from eva.config import Layer, RunConfig, resolve
 from eva.run_folder import STATES, read_config, saved_states, state_number
 from eva.tracker import parts_of
@@ -162,7 +162,7 @@ def assert_equal_runs(killed: Path, alone: Path) -> None:
         assert rows_of(killed / name) == rows_of(alone / name)
     ours, theirs = (load_file(folder / "best.safetensors") for folder in (killed, alone))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    states = [newest_state(folder)[0] for folder in (killed, alone)]
+    states = [state_of(folder) for folder in (killed, alone)]
     for state in states:
         for name in ("seconds", "epoch_seconds"):
             del state["progression"][name]

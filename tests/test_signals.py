@@ -15,10 +15,10 @@ import torch
 from conftest import BIN, SMALL_RUN, flags
 from loopback import LoopbackServer
 from safetensors.torch import load_file
+from test_loop import state_of
 from test_resume import rows_of
 
 from eva import cli, experiment
-from eva.checkpoints import newest_state
 from eva.wandb_client import clients
 
 # A run of some twelve seconds, with workers.
@@ -95,7 +95,7 @@ def test_a_signal_saves_tells_how_to_go_on_and_leaves_nothing(
     assert f"go on with: eva train --resume {folder}" in stdout
     assert_nothing_is_left(process, shared, 2)
     steps = len(rows_of(folder / "history.csv"))
-    assert newest_state(folder)[0]["progression"]["step"] == steps < 120
+    assert state_of(folder)["progression"]["step"] == steps < 120
     resumed(folder, clean_environment)
     assert_equal_to(alone, folder)
 
@@ -176,12 +176,53 @@ def test_a_full_disk_ends_the_run_with_a_line_and_it_goes_on_once_there_is_room(
     told = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(told) == 1 and "No space left on device" in told[0] and f"eva train --resume {folder}" in told[0]
     assert "Traceback" not in done.stderr
-    state, _ = newest_state(folder)
+    state = state_of(folder)
     rows = rows_of(folder / "history.csv")
     assert len(rows) >= state["progression"]["step"] > 0
     subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
     resumed(folder, clean_environment)
     assert_equal_to(alone, folder)
+
+
+def test_ctrl_c_before_the_training_says_how_to_go_on(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    """In the range test, for one."""
+    folder = tmp_path / "run"
+    settings = {**LONG_RUN, "model": "resnet9", "lr_max": "find", "lr_min": "find", "find_lr_steps": 500, "workers": 0}
+    command = [str(BIN / "eva"), "train", *flags({**settings, "out": folder})]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=clean_environment, cwd=tmp_path, text=True, **pipes)
+    assert process.stdout is not None
+    said = ""
+    while "range test: 500 steps" not in said:
+        said = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert f"go on with: eva train --resume {folder}" in stdout
+
+
+def test_two_runs_that_begin_in_one_folder_are_one_run_and_one_line(
+    tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    folder = tmp_path / "run"
+    command = [str(BIN / "eva"), "train"]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen(
+            [*command, *flags({**SMALL_RUN, "tracking": "disabled", "seed": seed, "out": folder})],
+            env=clean_environment,
+            cwd=tmp_path,
+            text=True,
+            **pipes,
+        )
+        for seed in (1, 2)
+    ]
+    told = [process.communicate(timeout=200)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    (winner,) = [seed for seed, process in zip((1, 2), both, strict=True) if process.returncode == 0]
+    assert "is not empty" in told[2 - winner] or "is in the hands of another process" in told[2 - winner]
+    assert f"seed: {winner}\n" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
 def test_sigterm_tells_wandb_that_the_machine_is_taken_away(
