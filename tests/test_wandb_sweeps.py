@@ -319,7 +319,8 @@ def test_a_trial_that_crashes_in_its_training_is_a_failure_and_its_agent_goes_on
     run = search.began(run_id)
     assert (search.summary(run_id)["status"], search.note("code", run_id)) == ("failed", 1)
     assert (run.state, run.exit_code, run.summary["status"]) == ("failed", 1, "failed")
-    assert "Traceback (most recent call last)" in search.started[0].said
+    assert "(a bug: the traceback is in " in search.started[0].said
+    assert "Traceback (most recent call last)" in (search.folder / "runs" / run_id / "log.txt").read_text()
     assert (ENTITY, PROJECT, f"model-{run_id}") not in search.server.artifacts
     assert [trial.values["name"] for trial in search.sweep.trials] == ["full disk", "endless range test"]
 
