@@ -468,7 +468,10 @@ def test_data_that_do_not_do_are_a_line_and_leave_no_run(
     ("arguments", "words"),
     [
         ([], "has ended (status 'finished'): nothing to resume"),
-        (["--epochs=9"], "--resume goes on as the run began: only data, data_dir, workers, tracking, tracking_timeout, save_steps may"),
+        (
+            ["--epochs=9"],
+            "--resume goes on as the run began: only data, data_dir, workers, tracking, tracking_timeout, save_steps",
+        ),
         (["--epochz=9", "--seed=1"], "save_steps may differ, but got seed, epochz"),
         (["--config=a.yaml"], "save_steps may differ, but got config"),
         (["--workers=x"], "command line: workers must be a whole number or none, but got 'x'"),
