@@ -27,6 +27,7 @@ from eva.flags import Parser, add_settings, given_settings
 from eva.ranking import identity, short
 from eva.recipes import configure
 from eva.records import read_columns
+from eva.run_folder import saved_states
 from eva.sweep_file import Parameter, Problem, Sweep, arguments, expand_environment
 from eva.text import duration
 
@@ -71,7 +72,7 @@ class Measurement:
         step: Seconds of a step that is not the first.
         epoch: Seconds at an epoch's end: validation, and saving weights and state.
         rest: Seconds of all else: loading, the model, tracking, and what comes after the last epoch.
-        disk: Bytes of the run folder after `STEPS` steps.
+        disk: Bytes of the run folder after `STEPS` steps, with as many whole states as a longer run keeps.
         row: Bytes that it grows by with each further step.
         memory: The largest resident memory of the process, in bytes.
         gpu_memory: The most that was reserved of a GPU's memory, in bytes; 0 without one.
@@ -107,7 +108,7 @@ class Measurement:
         return steps * self.step + self.epochs(epochs) * self.epoch + self.rest
 
     def bytes(self, epochs: int) -> float:
-        """Returns what such a trial leaves on the disk."""
+        """Returns what such a trial leaves on the disk; one of a single epoch leaves a state less."""
         return self.disk + max(0, self.steps(epochs) - STEPS) * self.row
 
 
@@ -479,13 +480,22 @@ def _begin(job: Mapping[str, Any], folder: Path, first: bool) -> dict[str, Any]:
         "step": step,
         "epoch": epoch,
         "rest": max(0.0, total - seconds[-1] - len(ended) * epoch),
-        "disk": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "disk": _disk(folder),
         "row": history.stat().st_size / (1 + len(seconds)) + (TRACKED_BYTES if config.tracking == "offline" else 0),
         "memory": _peak(),
         "gpu_memory": torch.cuda.max_memory_reserved() if cuda else 0,
         "gpu_total": torch.cuda.mem_get_info()[1] if cuda else 0,
         "gpus": torch.cuda.device_count() if cuda else 0,
     }
+
+
+def _disk(folder: Path) -> int:
+    """Returns the bytes of a run folder, all its states as large as the last one: those before it lack best weights."""
+    from eva.checkpoints import STATES_KEPT
+
+    states = [path.stat().st_size for path in saved_states(folder)]
+    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return everything - sum(states) + STATES_KEPT * max(states)
 
 
 def _probe(config: RunConfig) -> RunConfig:
