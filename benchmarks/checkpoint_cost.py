@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eva import checkpoints, data, loop, policies
+from eva import checkpoints, data, loaders, loop, policies
 from eva.config import Layer, resolve
 from eva.experiment import build_model
 from eva.hardware import choose_hardware
@@ -63,7 +63,7 @@ def main() -> None:
     images = generator.integers(0, 256, (arguments.images, 32, 32, 3), np.uint8)
     labels = generator.integers(0, 10, arguments.images)
     split = data.Split(images, labels, np.array([str(number) for number in range(len(images))]))
-    loader = data.train_loader(split, policies.build_policy("test", (0.5,) * 3, (0.25,) * 3), 128, 0, None)
+    loader = loaders.train_loader(split, policies.build_policy("test", (0.5,) * 3, (0.25,) * 3), 128, 0, None)
     watched = [(torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64))]
     training = loop.prepare(config, hardware, build_model(config, 10), len(loader))
     with tempfile.TemporaryDirectory() as folder:

@@ -31,9 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eva import data, hardware, models, policies
+from eva import data, hardware, loaders, models, policies
 from eva.config import Layer, RunConfig, UserError, resolve, to_dict
 from eva.experiment import EVAL_BATCH_SIZE
+from eva.image_cache import IMAGE_SIZE
 from eva.loop import fit, prepare
 from eva.tracker import Tracker, WandbTracker
 
@@ -182,7 +183,7 @@ def build_work(arguments: argparse.Namespace, folder: Path) -> Work:
 def synthetic(count: int) -> data.Split:
     """Returns random images of ten classes."""
     draws = np.random.default_rng(0)
-    images = draws.integers(0, 256, (count, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), dtype=np.uint8)
+    images = draws.integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     labels = np.arange(count, dtype=np.int64) % 10
     return data.Split(images, labels, np.array([f"{index:05d}" for index in range(count)]))
 
@@ -190,8 +191,8 @@ def synthetic(count: int) -> data.Split:
 def run_eva(work: Work, clock: Clock, tracker: Tracker) -> None:
     """eva's own loop with its defaults, over one epoch cut short and an evaluation of one batch."""
     config = work.config
-    loader = data.train_loader(work.train, work.policy, config.batch_size, config.seed, config.workers)
-    watched = islice(data.eval_loader(work.test, work.plain, EVAL_BATCH_SIZE, workers=0), 1)
+    loader = loaders.train_loader(work.train, work.policy, config.batch_size, config.seed, config.workers)
+    watched = islice(loaders.eval_loader(work.test, work.plain, EVAL_BATCH_SIZE, workers=0), 1)
     training = prepare(config, work.hardware, work.model, len(loader))
 
     # The loop asks after every step, before it flushes: flushes and tracking fall into the following step.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from eva import data, inspection, wandb_runs
+from eva import data, inspection, loaders, wandb_runs
 from eva.checkpoints import load_weights, read_facts
 from eva.config import EVALUATION_SETTINGS, FIELDS, Layer, RunConfig, UserError, collected, resolve, to_dict
 from eva.data import Dataset, Split
@@ -144,7 +144,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig) -> Result:
     model, plain = trained_model(checkpoint, config)
     model = model.to(chosen.device, memory_format=chosen.memory_format)  # type: ignore[call-overload]
     workers = 0 if config.workers is None and chosen.device.type == "cpu" else config.workers
-    batches = data.eval_loader(split, plain, EVAL_BATCH_SIZE, workers)
+    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, workers)
     if remark:
         print(remark)
     if dataset.fingerprint != facts["data_fingerprint"]:

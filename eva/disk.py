@@ -349,7 +349,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _is_left(path: Path) -> bool:
-    """Tells whether nobody builds an entry of the cache in a file any more: its lock is free, as `eva.data` has it."""
+    """Tells whether nobody builds an entry of the cache in a file any more: its lock is free (`eva.image_cache`)."""
     if path.suffix != ".part":
         return _is_old(path)
     try:

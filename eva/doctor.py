@@ -35,13 +35,15 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eva import data, experiment, hardware, lr_range, policies, wandb_client
+from eva import experiment, hardware, loaders, lr_range, policies, wandb_client
 from eva.checkpoints import STATES_KEPT, newest_state
 from eva.config import RunConfig, UserError
-from eva.data import Split, TrainLoader
+from eva.data import Split
 from eva.disk import size_text
 from eva.experiment import Parts
 from eva.gradcam import GradCAM, stages
+from eva.image_cache import IMAGE_SIZE
+from eva.loaders import TrainLoader
 from eva.loop import Training, fit, logged_rows, prepare, train_step
 from eva.run_folder import new_run_id, saved_states
 from eva.text import printable
@@ -195,7 +197,7 @@ class Subject:
         """Returns a loader of so many train images, again and again the same if there are fewer."""
         train = self.parts.splits["train"]
         split = train.take(np.resize(np.arange(len(train)), images))
-        return data.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers)
+        return loaders.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers)
 
     def batch(self, images: int) -> tuple[Tensor, Tensor]:
         """Returns a batch of train images on the device."""
@@ -489,7 +491,7 @@ def check_augmentation(subject: Subject) -> Outcome:
     (a flip does half of the time); what is asked is that workers and epochs don't do so at the same places.
     """
     policy = subject.parts.policy
-    noise = np.random.default_rng(0).integers(0, 256, (data.IMAGE_SIZE, data.IMAGE_SIZE, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     split = Split(np.repeat(noise[None], DRAWS, 0), np.arange(DRAWS), np.array([f"{i}" for i in range(DRAWS)]))
     by_two, by_none = (drawn(split, policy, subject.config.seed, workers) for workers in (2, 0))
     # Batches go to the workers in turns.
@@ -528,7 +530,7 @@ def check_augmentation(subject: Subject) -> Outcome:
 
 def drawn(split: Split, policy: policies.Policy, seed: int, workers: int) -> list[list[list[tuple[int, bytes]]]]:
     """Returns two epochs of batches of draws: the image's index, and its pixels."""
-    loader = data.train_loader(split, policy, DRAWN_BATCH, seed, workers)
+    loader = loaders.train_loader(split, policy, DRAWN_BATCH, seed, workers)
     return [
         [
             [(int(label), image.numpy().tobytes()) for image, label in zip(images, labels, strict=True)]
@@ -865,7 +867,7 @@ def expected_bytes(subject: Subject) -> dict[str, int]:
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
     classes = len(parts.dataset.classes)
     # Logits, maps of a quarter of the image's side, id and label; images of those that are wrong, at most all.
-    of_image = 4 * classes + 4 * (data.IMAGE_SIZE // 4) ** 2 + 64 + 3 * data.IMAGE_SIZE**2
+    of_image = 4 * classes + 4 * (IMAGE_SIZE // 4) ** 2 + 64 + 3 * IMAGE_SIZE**2
     evaluation = len(parts.splits[config.split]) * of_image if config.evaluate else 0
     tracked = choose_mode(config.tracking)[0] != "disabled"
     return {

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from eva import data, evaluation, figures, hardware, inspection, lr_range, models, policies
+from eva import data, evaluation, figures, hardware, inspection, loaders, lr_range, models, policies
 from eva.checkpoints import BEST, load_weights
 from eva.config import Failure, Layer, RunConfig, Terminated, UserError, collected, to_dict
 from eva.data import Dataset, Split
 from eva.files import write_atomically, write_json
 from eva.gradcam import GradCAM
+from eva.image_cache import IMAGE_SIZE
 from eva.loop import Training, fit, logged_rows, prepare
 from eva.lr_range import LrRange
 from eva.records import read_columns
@@ -66,7 +67,7 @@ class Parts:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     watched: str
-    train_loader: data.TrainLoader
+    train_loader: loaders.TrainLoader
     watched_loader: Any
     test_loader: Any
     policy: policies.Policy
@@ -89,7 +90,7 @@ def check_names(config: RunConfig) -> None:
     with collected(problems):
         model = build_model(config, num_classes=10)
         if config.evaluate and config.gradcam_layers:  # told now, not after the training
-            GradCAM(model, config.gradcam_layers)(torch.zeros(2, 3, data.IMAGE_SIZE, data.IMAGE_SIZE))
+            GradCAM(model, config.gradcam_layers)(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -146,8 +147,8 @@ def build(config: RunConfig) -> Parts:
     # --device=cpu on a machine with a GPU is a CPU all the same.
     workers = 0 if config.workers is None and chosen.device.type == "cpu" else config.workers
     # What is evaluated only once is not worth processes of its own.
-    test_loader = data.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers)
-    watched_loader = data.eval_loader(val, plain, EVAL_BATCH_SIZE, workers) if len(val) else test_loader
+    test_loader = loaders.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers)
+    watched_loader = loaders.eval_loader(val, plain, EVAL_BATCH_SIZE, workers) if len(val) else test_loader
     hardware.seed_everything(config.seed, config.deterministic)
     model = build_model(config, num_classes)
     return Parts(
@@ -156,7 +157,7 @@ def build(config: RunConfig) -> Parts:
         mean=mean,
         std=std,
         watched="val" if len(val) else "test",
-        train_loader=data.train_loader(train, policy, config.batch_size, config.seed, workers),
+        train_loader=loaders.train_loader(train, policy, config.batch_size, config.seed, workers),
         watched_loader=watched_loader,
         test_loader=test_loader,
         policy=policy,
@@ -594,7 +595,7 @@ def inspect_best(config: RunConfig, model: nn.Module, run: Run) -> dict[str, Any
     parts, run_id = run.parts, run.summary["wandb_id"]
     split = parts.splits[config.split]
     plain = policies.build_policy("test", parts.mean, parts.std)
-    batches = data.eval_loader(split, plain, EVAL_BATCH_SIZE, 0)
+    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, 0)
     dataset = parts.dataset
     found = inspection.inspect(model, split, batches, config, parts.hardware, dataset.classes, dataset.fingerprint)
     entries = inspection.write(found, run.folder)

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from eva.checkpoints import Best, Saver, newest_state
 from eva.config import RunConfig, UserError
-from eva.data import Batch, TrainLoader
 from eva.evaluation import Evaluation, evaluate
 from eva.files import write_atomically
 from eva.hardware import Hardware, random_state, set_random_state
+from eva.loaders import Batch, TrainLoader
 from eva.optim import Criterion, build_criterion, build_optimizer, set_rates
 from eva.progress import Progress
 from eva.schedules import Schedule, build_schedule

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from eva.config import RunConfig, UserError
-from eva.data import TrainLoader
 from eva.hardware import Hardware, preserved_random_state
+from eva.loaders import TrainLoader
 from eva.optim import build_criterion, build_optimizer
 
 RULE = "lr_max: half the rate at the smoothed loss's minimum; lr_min: a tenth of lr_max"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import eva.data
+import eva.image_cache
 from eva.config import UserError
 from eva.data import Dataset, load_dataset
 
@@ -99,14 +99,14 @@ def load_and_tell(root: Path, data_dir: Path, told: Path) -> None:
     """Writes the fingerprint, or what is wrong, and how many images this process decoded."""
     cv2.setNumThreads(0)
     decoded = 0
-    decode = eva.data._decode
+    decode = eva.image_cache._decode
 
     def counted(data: bytes) -> np.ndarray:
         nonlocal decoded
         decoded += 1
         return decode(data)
 
-    eva.data._decode = counted
+    eva.image_cache._decode = counted
     try:
         outcome = load(root, data_dir).fingerprint
     except UserError as error:
@@ -408,14 +408,14 @@ def test_an_entry_that_another_user_is_building_is_built_beside_it(tmp_path: Pat
     def load_as_nobody() -> None:
         os.chdir(tmp_path)  # the folders above may be closed to others
         os.setuid(65534)
-        decode = eva.data._decode
+        decode = eva.image_cache._decode
 
         def decode_beside_others(data: bytes) -> np.ndarray:
             for left in part.parent.relative_to(tmp_path).glob("*.*.part"):
-                eva.data._remove_left(left)  # as a process does that builds other images
+                eva.image_cache._remove_left(left)  # as a process does that builds other images
             return decode(data)
 
-        eva.data._decode = decode_beside_others
+        eva.image_cache._decode = decode_beside_others
         load_and_tell(Path("images"), Path("data"), part.parent.relative_to(tmp_path) / "told")
 
     assert end(start(load_as_nobody)) == 0

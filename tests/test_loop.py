@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eva import checkpoints, loop
 from eva.checkpoints import newest_state
 from eva.config import Layer, RunConfig, UserError, resolve
-from eva.data import Split, TrainLoader, channel_statistics, limit, load_dataset, train_loader
+from eva.data import Split, channel_statistics, limit, load_dataset
 from eva.evaluation import Evaluation
 from eva.hardware import Hardware
+from eva.loaders import TrainLoader, train_loader
 from eva.loop import BATCH_COLUMNS, Journal, Training, epoch_columns, fit, prepare
 from eva.policies import build_policy
 from eva.progress import Progress

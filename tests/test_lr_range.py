@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from eva.config import Layer, RunConfig, UserError, resolve
-from eva.data import Policy, Split, TrainLoader, train_loader
+from eva.data import Split
 from eva.hardware import choose_hardware, random_state
+from eva.loaders import Policy, TrainLoader, train_loader
 from eva.lr_range import LrCurve, LrRange, record_curve, smooth, suggest
 
 RATES = np.geomspace(1e-4, 10, 200)

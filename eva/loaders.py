@@ -1,0 +1,277 @@
+"""Batches of a split: shuffled and augmented for training, plain and in order for an evaluation."""
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.utils.data
+from numpy.typing import NDArray
+
+from eva.config import UserError
+from eva.data import Split
+
+# How often workers may die over one batch.
+MOST_DEATHS = 3
+
+# First in the entropy and larger than any seed in use: NumPy pads entropy with zeros, so [seed, epoch] alone
+# would be the stream of [seed, epoch, 0], which a policy may well use for sample 0.
+ORDER_STREAM = int.from_bytes(b"order")
+
+Policy = Callable[[NDArray[np.uint8], tuple[int, int, int] | None], torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]
+Sample = tuple[torch.Tensor, int]
+
+
+class PolicyImages(torch.utils.data.Dataset[Sample]):
+    """Images seen through a policy, addressed by (epoch, index); stateless: any worker may serve any batch.
+
+    Args:
+        split: The images.
+        policy: Turns a uint8 (H, W, 3) image and a draw (seed, epoch, index) into float32 (3, H, W).
+        seed: Seed of the draws; None to call the policy without a draw.
+    """
+
+    def __init__(self, split: Split, policy: Policy, seed: int | None) -> None:
+        self.split = split
+        self.policy = policy
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        draw = None if self.seed is None else (self.seed, epoch, index)
+        return self.policy(self.split.images[index], draw), int(self.split.labels[index])
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
+        return [self[key] for key in keys]
+
+
+class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    """The batches of an epoch as lists of (epoch, index), in an order that depends on (seed, epoch) alone.
+
+    The last batch may be smaller; one of a single image is dropped (unless all are), as batch normalization
+    cannot normalize one value. Each iteration covers one epoch from `start_batch`, then `next_epoch` is the
+    following one.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.next_epoch = 0
+        self.start_batch = 0
+
+    @property
+    def images_per_epoch(self) -> int:
+        drops_last = self.batch_size > 1 and self.num_images % self.batch_size == 1
+        return self.num_images - drops_last
+
+    def __len__(self) -> int:
+        return math.ceil(self.images_per_epoch / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._batches(self.next_epoch, self.start_batch)
+
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[list[tuple[int, int]]]:
+        # Advance at the first batch, not in __iter__: a DataLoader with workers calls that twice at first.
+        self.next_epoch, self.start_batch = epoch + 1, 0
+        order = np.random.default_rng([ORDER_STREAM, self.seed, epoch]).permutation(self.num_images).tolist()
+        for start in range(start_batch * self.batch_size, self.images_per_epoch, self.batch_size):
+            yield [(epoch, index) for index in order[start : min(start + self.batch_size, self.images_per_epoch)]]
+
+
+class TrainLoader:
+    """Training batches that depend on (seed, epoch, batch number) alone, for any number of workers.
+
+    Attributes:
+        loader: The DataLoader underneath. Iterating over it directly gives one epoch each time, the one after
+            the last epoch begun (0 at first); that is what torch_lr_finder's `range_test` does.
+        num_images: Images that an epoch delivers: all, less one if it would be a last batch of its own.
+    """
+
+    def __init__(self, images: PolicyImages, batches: ShuffledBatches, workers: int) -> None:
+        self._batches = batches
+        self._make = partial(_data_loader, images, workers, batch_sampler=batches)
+        self.loader = self._make()
+        self.num_images = batches.images_per_epoch
+
+    def __len__(self) -> int:
+        """Returns the number of batches in an epoch."""
+        return len(self._batches)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Returns the batches of an epoch from `start_batch` on: float32 (B, 3, 32, 32) and int64 (B,).
+
+        Beginning an epoch ends the one before, also if that was left half-way. If a worker dies, others take over.
+
+        Raises:
+            ValueError: `start_batch` is not in [0, len(self)].
+        """
+        self.start(epoch, start_batch)
+        begin = partial(self._begin, epoch)
+        return _surviving(begin, start_batch) if self.loader.num_workers else begin(start_batch, False)
+
+    def _begin(self, epoch: int, batch: int, anew: bool) -> Iterator[Batch]:
+        if anew:
+            self.loader = self._make()
+        self.start(epoch, batch)
+        return iter(self.loader)
+
+    def start(self, epoch: int, start_batch: int = 0) -> None:
+        """Makes the next iteration over `loader` begin at a batch of an epoch.
+
+        Raises:
+            ValueError: `start_batch` is not in [0, len(self)].
+        """
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch must be between 0 and {len(self)}, but got {start_batch}")
+        self._batches.next_epoch, self._batches.start_batch = epoch, start_batch
+
+
+def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, workers: int | None) -> TrainLoader:
+    """Returns shuffled, augmented batches.
+
+    Args:
+        split: The training images.
+        policy: Turns a uint8 (H, W, 3) image and a draw (seed, epoch, index) into float32 (3, H, W); it must
+            be picklable and depend on nothing else.
+        batch_size: Images per batch; the last one may be smaller.
+        seed: Seed of the order and of the augmentation, not negative.
+        workers: Processes that apply the policy, 0 for none; None for 0 on a CPU (they would only take cores
+            from the network) and up to 8 beside a GPU.
+
+    Raises:
+        UserError: `batch_size` is not between 1 and the number of images.
+    """
+    if not 1 <= batch_size <= len(split):
+        raise UserError(
+            f"batch_size must be between 1 and the number of train images, but got {batch_size=} "
+            f"with {len(split)} train images"
+        )
+    batches = ShuffledBatches(len(split), batch_size, seed)
+    return TrainLoader(PolicyImages(split, policy, seed), batches, _num_workers(workers))
+
+
+class EvalLoader:
+    """All images in their order, once in each iteration; see `eval_loader`."""
+
+    def __init__(self, images: PolicyImages, batch_size: int, workers: int) -> None:
+        self._keys = [(0, index) for index in range(len(images))]
+        self._batch_size = batch_size
+        self._make = partial(_data_loader, images, workers, batch_size=batch_size)
+        self._loader = self._make(sampler=self._keys)
+
+    def __len__(self) -> int:
+        """Returns the number of batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _surviving(self._begin, 0) if self._loader.num_workers else self._begin(0, False)
+
+    def _begin(self, batch: int, anew: bool) -> Iterator[Batch]:
+        if anew:
+            self._loader = self._make(sampler=self._keys)
+        return iter(self._make(sampler=self._keys[batch * self._batch_size :]) if batch else self._loader)
+
+
+def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | None) -> EvalLoader:
+    """Returns a loader of all images in their order, without draws: float32 (B, 3, 32, 32) and int64 (B,).
+
+    Args:
+        split: The images.
+        policy: Called with None for the draw.
+        batch_size: Images per batch; the last one may be smaller.
+        workers: As for `train_loader`.
+    """
+    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers))
+
+
+def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Iterator[Batch]:
+    """Yields batches from a number on. If a worker process dies, new ones go on at the batch that is owed.
+
+    Args:
+        begin: Returns the batches from a number on, from new workers if it is told so.
+        batch: The first one's number.
+
+    Raises:
+        UserError: They die again and again over one batch.
+    """
+    deaths = 0
+    batches: Iterator[Batch] | None = None
+    while True:
+        try:
+            if batches is None:  # workers that live on from another iteration may have died since
+                batches = _begun(begin, batch, deaths > 0)
+            item = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _tells_of_a_death(error):
+                raise
+            deaths += 1
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if deaths > MOST_DEATHS:
+                raise UserError(f"data workers die ({reason}); choose fewer --workers, they may lack memory") from None
+            print(f"warning: {reason}; others go on with batch {batch}", file=sys.stderr, flush=True)
+            batches = None
+            continue
+        yield item
+        batch, deaths = batch + 1, 0
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Tells whether an exception comes of a worker's death, rather than that a worker raised it."""
+    if str(error).startswith("Caught "):  # as torch passes on what a worker raised
+        return False
+    lost_on_the_way = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    return lost_on_the_way or any(told in str(error) for told in ("DataLoader worker (pid", "Pin memory thread exited"))
+
+
+def _begun(begin: Callable[[int, bool], Iterator[Batch]], batch: int, anew: bool) -> Iterator[Batch]:
+    # torch would raise a worker's death in the main thread wherever that is, in the middle of a step for one; without
+    # its handler it looks for the living every five seconds while it waits for a batch.
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = begin(batch, anew)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _num_workers(workers: int | None) -> int:
+    if workers is not None:
+        return workers
+    return min(8, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0
+
+
+def _data_loader(images: PolicyImages, workers: int, **batching: Any) -> "torch.utils.data.DataLoader[Sample]":
+    return torch.utils.data.DataLoader(
+        images,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
+        collate_fn=_stack,
+        worker_init_fn=_use_one_thread,
+        # A DataLoader draws a number at each iteration: from torch's global stream it would shift dropout.
+        generator=torch.Generator(),
+        **batching,
+    )
+
+
+def _stack(samples: Sequence[Sample]) -> Batch:
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _use_one_thread(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
