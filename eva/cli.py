@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        with sigterm_as_ctrl_c():
+        with interruptible():
             return int(COMMANDS[arguments.command](arguments, unknown))
     except UserError as error:
         for line in str(error).splitlines():
@@ -71,23 +71,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Makes SIGTERM what Ctrl-C is, so that a run that an agent or a batch system ends is closed in order.
 
-    Outside the main thread, and where SIGTERM means something already, nothing is changed.
+    Once either came, whatever goes wrong is its doing, and is taken for it: an interrupted import leaves modules
+    half made, and Python and libraries replace the exception by others (`__set_name__`, for one). Outside the main
+    thread, and where a signal means something already, nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}
+    came: list[type[KeyboardInterrupt]] = []
 
-    def terminate(number: int, frame: object) -> None:
-        raise Terminated
+    def end(number: int, frame: object) -> None:
+        came.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise came[-1]
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in ours:
+        signal.signal(number, end)
     try:
         yield
+    except Exception:
+        if came:
+            raise came[-1] from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def build_parser() -> Parser:

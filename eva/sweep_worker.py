@@ -227,8 +227,8 @@ def run_here(command: Sequence[str]) -> int:
 def run_apart(command: Sequence[str], environment: dict[str, str], output: int, lock: int) -> int:
     """Runs a command as a process of its own, which SIGTERM is passed on to; returns its exit code.
 
-    It holds the trial's lock too: the trial is running as long as either lives. If SIGTERM kills it, before it could
-    catch it for one, it was interrupted.
+    It holds the trial's lock too: the trial is running as long as either lives. If it fails once SIGTERM was passed on,
+    or the signal itself kills it, it was interrupted: who knows in what it was met.
     """
     asked = False
     child: subprocess.Popen[bytes] | None = None
@@ -252,7 +252,7 @@ def run_apart(command: Sequence[str], environment: dict[str, str], output: int, 
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return EXIT_INTERRUPTED if asked and code == -signal.SIGTERM else code
+    return EXIT_INTERRUPTED if asked and (code > 0 or code == -signal.SIGTERM) else code
 
 
 @contextlib.contextmanager

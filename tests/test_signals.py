@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -241,3 +242,22 @@ def test_sigterm_tells_wandb_that_the_machine_is_taken_away(
     steps = [row["trainer/step"] for row in run.history if "train/loss" in row]
     assert steps == list(range(120))
     assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_makes_another_exception_of_is_one_all_the_same(number: int) -> None:
+    """As Python 3.11 does where a class is made of descriptors; an import that was met stays half made."""
+    program = (
+        "import os, sys, time\n"
+        "from eva import cli\n"
+        "def command(arguments, unknown):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(60)\n"
+        "    except BaseException as error:\n"
+        "        raise RuntimeError('half made') from error\n"
+        "cli.COMMANDS['train'] = command\n"
+        "sys.exit(cli.main(['train']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "eva train: interrupted\n")

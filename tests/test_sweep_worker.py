@@ -269,6 +269,7 @@ def test_an_interrupted_program_is_no_crash(tmp_path: Path, capfd: pytest.Captur
 ON_SIGTERM = {
     "signal.SIG_DFL": EXIT_INTERRUPTED,  # killed before it could catch it
     "lambda *_: sys.exit(130)": 130,
+    "lambda *_: sys.exit(1)": EXIT_INTERRUPTED,  # the signal met it where it could not bear it
     "lambda *_: sys.exit(0)": 0,
     "lambda *_: os.kill(os.getpid(), 9)": -9,
 }
@@ -276,7 +277,7 @@ ON_SIGTERM = {
 
 @pytest.mark.parametrize("handler", ON_SIGTERM)
 def test_a_wish_to_stop_is_passed_on_once(tmp_path: Path, handler: str) -> None:
-    """What the child makes of it counts; one that the signal itself killed was interrupted. Handlers are put back."""
+    """What the child makes of it counts; one that failed over it, or died of it, was interrupted. Handlers return."""
     before = signal.getsignal(signal.SIGTERM)
 
     def ask() -> None:
