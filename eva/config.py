@@ -91,7 +91,10 @@ class RunConfig:
     )
 
     # model
-    model: str = option("resnet18", "resnet18, resnet9, or torchvision/NAME")
+    model: str = option("resnet18", "resnet18, resnet9, speednet, or torchvision/NAME")
+    init: Literal["default", "identity", "whitened"] = option(
+        "default", "first weights; identity: filters that pass maps on; whitened: the same, and a frozen first layer"
+    )
     norm: Literal["batch", "ghost", "group", "layer", "instance", "none"] = option("batch", "normalization layers")
     ghost_splits: int = option(4, "slices of the batch that ghost norm takes its statistics over", unit="slices")
     norm_groups: int = option(32, "channel groups of group norm", unit="groups")
@@ -99,7 +102,11 @@ class RunConfig:
     stage_strides: tuple[int, ...] = option((1, 2, 2, 2), "strides of the four stages of resnet18")
 
     # optimizer and loss
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
+    optimizer: Literal["sgd", "adamw", "muon"] = option("sgd", "optimizer; muon: for filters, SGD for all else")
+    linear_lr: float | None = option(None, "Muon: highest learning rate of linear layers; default: lr_max")
+    bias_lr: float | None = option(None, "Muon: highest learning rate of norms and biases; default: lr_max")
+    sgd_momentum: float = option(0.85, "Muon: momentum of linear layers, norms and biases")
+    first_bias_epochs: float = option(3.0, "Muon: when the bias of a frozen first layer is frozen too", unit="epochs")
     momentum: float = option(0.9, "SGD's momentum; AdamW's beta 1")
     momentum_min: float | None = option(None, "momentum at lr_max, for schedules that cycle it; default: no cycling")
     nesterov: bool = option(True, "Nesterov momentum (SGD)")
@@ -182,6 +189,10 @@ READ_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "ghost_splits": ("norm", ("ghost",)),
     "norm_groups": ("norm", ("group",)),
     "nesterov": ("optimizer", ("sgd",)),
+    "linear_lr": ("optimizer", ("muon",)),
+    "bias_lr": ("optimizer", ("muon",)),
+    "sgd_momentum": ("optimizer", ("muon",)),
+    "first_bias_epochs": ("optimizer", ("muon",)),
     "momentum_min": ("schedule", ("onecycle", "cosine_onecycle", "triangular")),
     "lr_min": ("schedule", ("onecycle", "cosine_onecycle", "cosine", "plateau", "triangular")),
     "peak_epoch": ("schedule", ("onecycle", "cosine_onecycle")),
@@ -398,7 +409,11 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
         need(value is None or value >= 1, f"{name} must be at least 1 or none", name)
     for name in ("weight_decay", "l1"):
         need(getattr(config, name) >= 0, f"{name} must not be negative", name)
-    for name in ("dropout", "label_smoothing", "momentum", "val_fraction"):
+    for name in ("linear_lr", "bias_lr"):
+        value = getattr(config, name)
+        need(value is None or value > 0, f"{name} must be above 0 or none", name)
+    need(config.first_bias_epochs > 0, "first_bias_epochs must be above 0", "first_bias_epochs")
+    for name in ("dropout", "label_smoothing", "momentum", "sgd_momentum", "val_fraction"):
         need(0 <= getattr(config, name) < 1, f"{name} must be in [0, 1)", name)
     need(config.workers is None or config.workers >= 0, "workers must not be negative", "workers")
     need(0 <= config.seed < 2**63, "seed must be in [0, 2**63)", "seed")
@@ -420,8 +435,8 @@ def value_problems(config: RunConfig, unknown: Container[str] = ()) -> list[str]
     if lr_min != "find" and lr_max != "find":
         need(lr_min <= lr_max, "lr_min must not be above lr_max", "lr_min", "lr_max")
     if config.schedule in ("onecycle", "cosine_onecycle"):
-        rule = "peak_epoch must lie between 0 and epochs"
-        need(0 < config.peak_epoch < config.epochs, rule, "peak_epoch", "epochs")
+        rule = "peak_epoch must be in [0, epochs)"
+        need(0 <= config.peak_epoch < config.epochs, rule, "peak_epoch", "epochs")
     if config.schedule == "step":
         need(len(config.lr_steps) > 0, "schedule=step needs lr_steps, e.g. lr_steps=[10,15]", "lr_steps")
     need(

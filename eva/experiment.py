@@ -26,6 +26,7 @@ from eva.data import Dataset, Split
 from eva.files import write_atomically, write_json
 from eva.gradcam import GradCAM
 from eva.image_cache import IMAGE_SIZE
+from eva.init import WHITENING_IMAGES, initialize
 from eva.loop import Training, fit, logged_rows, prepare
 from eva.lr_range import LrRange
 from eva.records import read_columns
@@ -112,6 +113,13 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     )
 
 
+def normalized_images(split: Split, plain: policies.Policy) -> torch.Tensor:
+    """Returns images of a split, evenly chosen, as `initialize` takes them: (N, 3, H, W) float32, normalized."""
+    count = min(len(split), WHITENING_IMAGES)
+    chosen = split.images[[number * len(split) // count for number in range(count)]]
+    return torch.stack([plain(image) for image in chosen])
+
+
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -151,6 +159,7 @@ def build(config: RunConfig) -> Parts:
     watched_loader = loaders.eval_loader(val, plain, EVAL_BATCH_SIZE, workers) if len(val) else test_loader
     hardware.seed_everything(config.seed, config.deterministic)
     model = build_model(config, num_classes)
+    initialize(model, config.init, normalized_images(train, plain))
     return Parts(
         dataset=dataset,
         splits={"train": train, "val": val, "test": dataset.test},

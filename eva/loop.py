@@ -139,7 +139,9 @@ def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_e
         hardware=hardware,
         model=model,
         averaged=averaged,
-        optimizer=build_optimizer(config, model, fused=hardware.autocast_dtype is not torch.float16),
+        optimizer=build_optimizer(
+            config, model, fused=hardware.autocast_dtype is not torch.float16, steps_per_epoch=steps_per_epoch
+        ),
         scaler=hardware.scaler(),
         criterion=build_criterion(config, model),
         schedule=build_schedule(config, steps_per_epoch),
@@ -333,7 +335,7 @@ def fit(
             rows = BatchRows()
             for images, labels in train_loader.epoch(now.epoch, now.batch) if now.step < last_step else ():
                 rates = training.schedule(now.step, now.losses)
-                set_rates(training.optimizer, rates.lr, rates.momentum)
+                set_rates(training.optimizer, rates.lr, rates.momentum, now.step)
                 loss, correct = train_step(training, *training.hardware.to_device(images, labels))
                 row = {
                     "trainer/step": now.step,

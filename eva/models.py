@@ -210,9 +210,49 @@ def resnet9(num_classes: int, norm: Norm, dropout: float, stage_strides: tuple[i
     return nn.Sequential(OrderedDict(layers))
 
 
+def speednet(num_classes: int, norm: Norm, dropout: float, stage_strides: tuple[int, ...]) -> nn.Module:
+    """Returns the network of K. Jordan's CIFAR-10 speed records (2024, arXiv 2404.00498, its 94 % variant).
+
+    A 2x2 layer that is meant to be whitened and frozen (`init=whitened`), then three groups of two convolutions with a
+    max-pool after the first of each: maps of 31x31, 15x15, 7x7 and 3x3. Norms have biases but no scales, and running
+    statistics that follow quickly; the logits are divided by the number of features.
+
+    Raises:
+        UserError: `stage_strides` is not the default; this network has no strides.
+    """
+    if stage_strides != STAGE_STRIDES:
+        raise UserError(_no_strides("speednet", stage_strides))
+
+    def normed(channels: int) -> nn.Module:
+        layer = norm(channels)
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            layer.weight.requires_grad_(False)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum, layer.eps = 0.4, 1e-12
+        return layer
+
+    def group(in_channels: int, channels: int) -> nn.Module:
+        layers = _conv(in_channels, channels, norm), nn.MaxPool2d(2), normed(channels), nn.GELU()
+        return nn.Sequential(*layers, _dropout(dropout), _conv(channels, channels, norm), normed(channels), nn.GELU())
+
+    layers: dict[str, nn.Module] = {
+        "first": nn.Conv2d(3, 24, 2),
+        "gelu": nn.GELU(),
+        "group1": group(24, 64),
+        "group2": group(64, 256),
+        "group3": group(256, 256),
+        "pool": nn.AdaptiveMaxPool2d(1),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(256, num_classes, bias=False),
+        "scale": Scale(1 / 256),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 MODELS: dict[str, Callable[[int, Norm, float, tuple[int, ...]], nn.Module]] = {
     "resnet18": resnet18,
     "resnet9": resnet9,
+    "speednet": speednet,
 }
 
 
