@@ -118,7 +118,7 @@ def test_out_of_gpu_memory_is_told_and_leaves_the_memory_to_the_next_run(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_gpu_memory_stays_after_a_run(number: int, tmp_path: Path, clean_environment: dict[str, str]) -> None:
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     before = torch.cuda.mem_get_info()[0]
     process = start(flags({**RUN, "epochs": 200, "out": tmp_path / "run"}), clean_environment)
     history = tmp_path / "run" / "history.csv"
