@@ -184,6 +184,52 @@ def test_a_full_disk_ends_the_run_with_a_line_and_it_goes_on_once_there_is_room(
     assert_equal_to(alone, folder)
 
 
+@pytest.mark.parametrize(
+    ("size", "remedy"),
+    [("8k", "do it once more"), ("16k", "go on with eva train --resume {folder}")],
+    ids=["before there is anything to resume", "before W&B has begun"],
+)
+def test_a_disk_that_is_full_from_the_beginning_is_told_with_what_helps(
+    clean_environment: dict[str, str], small_disk: Callable[..., Path], size: str, remedy: str
+) -> None:
+    disk = small_disk(size)
+    folder, settings = disk / "run", {**SMALL_RUN, "epochs": 1, "peak_epoch": 0.5, "tracking": "offline"}
+    command = [str(BIN / "eva"), "train", *flags({**settings, "out": folder})]
+    pipes: dict[str, Any] = {"env": clean_environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=disk, **pipes)
+    *others, line = done.stderr.splitlines()
+    assert done.returncode == 2 and all(other.startswith("W&B") for other in others), done.stderr
+    assert line.startswith("eva train: error: ") and "No space left on device" in line
+    assert line.endswith(f"make room, then {remedy.format(folder=folder)}")
+    subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+    if "--resume" in remedy:
+        resumed(folder, clean_environment)
+    else:
+        again = subprocess.run(command, cwd=disk, **pipes)
+        assert again.returncode == 0, again.stderr
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_full_disk_ends_every_command_with_a_line(
+    tmp_path: Path, small_disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {**SMALL_RUN, "tracking": "disabled"}
+    assert cli.main(["train", *flags({**small, "max_steps": 1, "out": tmp_path / "run"})]) == 0
+    find = {**small, "lr_max": "find", "find_lr_steps": 12, "find_lr_end": 1.0}
+    commands = {
+        "evaluate": ["evaluate", str(tmp_path / "run"), "--tracking=disabled", "--gallery_size=1"],
+        "find_lr": ["find_lr", *flags(find)],
+        "compare": ["compare", str(tmp_path / "run")],
+    }
+    for name, words in commands.items():
+        for size in ("4k", "32k"):
+            capsys.readouterr()
+            assert cli.main([*words, f"--out={small_disk(size) / 'out'}"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"eva {name}: error: ") and "No space left on device" in line
+            assert "--resume" not in line
+
+
 def test_ctrl_c_before_the_training_says_how_to_go_on(tmp_path: Path, clean_environment: dict[str, str]) -> None:
     """In the range test, for one."""
     folder = tmp_path / "run"
