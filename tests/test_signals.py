@@ -26,7 +26,7 @@ LONG_RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 12, "workers": 2, "tracki
 
 
 def start(folder: Path, environment: Mapping[str, str], settings: Mapping[str, Any]) -> subprocess.Popen[str]:
-    """Starts `eva train` in a session of its own, and waits until it trains."""
+    """Starts `eva train` in a session of its own, which a terminal's signals would go to, and waits until it trains."""
     command = [str(BIN / "eva"), "train", *flags({**settings, "out": folder})]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, cwd=folder.parent, text=True, start_new_session=True, **pipes)
@@ -88,7 +88,7 @@ def test_a_signal_saves_tells_how_to_go_on_and_leaves_nothing(
     shared, folder = set(os.listdir("/dev/shm")), tmp_path / "run"
     process = start(folder, clean_environment, LONG_RUN)
     started = time.monotonic()
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to its data workers too, as a terminal and a batch system do
     stdout, stderr = process.communicate(timeout=60)
     assert time.monotonic() - started < 10
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
@@ -105,9 +105,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_it_goes_on_all_the_same(
 ) -> None:
     shared, folder = set(os.listdir("/dev/shm")), tmp_path / "run"
     process = start(folder, clean_environment, {**LONG_RUN, "save_steps": 3})
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - started < 5
