@@ -55,7 +55,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Loads what `save_weights` wrote into a model of the same architecture.
 
     Raises:
-        UserError: The file is missing or damaged, or its tensors are not those of the model.
+        UserError: The file is missing or damaged, or its tensors are not those of the model, or not numbers.
     """
     try:
         tensors = load_file(path)
@@ -67,6 +67,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(f"{str(path)!r} is not a readable checkpoint: {error}") from None
     if digest is not None and digest != _digest_of(tensors):
         raise UserError(f"the checkpoint {str(path)!r} is damaged: its tensors have not the digest in its header")
+    if broken := sorted(name for name, tensor in tensors.items() if tensor.isnan().any()):
+        told = f"{len(broken)} of {len(tensors)} tensors, {broken[0]!r} for one"
+        raise UserError(f"the weights in {str(path)!r} must be numbers, but NaN is in {told}: take another checkpoint")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

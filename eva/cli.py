@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -68,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read the output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename2 or error.filename!r}" if error.filename else ""
+        print(
+            f"eva {arguments.command}: error: {error.strerror}{where}: make room and do it once more", file=sys.stderr
+        )
+        return EXIT_USER_ERROR
 
 
 @contextlib.contextmanager

@@ -425,6 +425,8 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
                         tracker.summarize(summary)
                     if only_sends or summary["status"] != "oom":
                         raise
+            summary["wandb_lost"] = tracker.lost
+            run.write_summary()
         except BaseException as error:
             if summary["status"] == "running" and not only_sends:  # W&B did not begin the run
                 summary["status"] = "failed"
@@ -432,15 +434,14 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
             with contextlib.suppress(OSError):
                 run.write_summary()
             if is_full(error):
-                raise UserError(
-                    f"cannot write in {str(folder)!r}: {os.strerror(errno.ENOSPC)}; what was saved before is there: "
-                    f"make room, then go on with eva train --resume {folder}"
-                ) from None
+                begun = job == "train" and not only_sends and (folder / "config.yaml").exists()
+                again = f"go on with eva train --resume {folder}" if begun else "do it once more"
+                saved = "what was saved before is there: " if begun else ""
+                reason = os.strerror(errno.ENOSPC)
+                raise UserError(f"cannot write in {str(folder)!r}: {reason}; {saved}make room, then {again}") from None
             if isinstance(error, Exception) and not isinstance(error, UserError):
                 raise Failure(logged_bug(error, folder)) from error
             raise
-        summary["wandb_lost"] = tracker.lost
-        run.write_summary()
 
 
 def is_full(error: BaseException) -> bool:

@@ -200,7 +200,7 @@ def read_config(folder: Path, *given: Layer) -> tuple[RunConfig, dict[str, str]]
         UserError: It is no run folder, or its configuration is damaged.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises where a name is too long
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")
     return resolve([Layer(f"file {path}", {**read_yaml(path), "out": str(folder)}), *given])
 

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from eva import trial as trials
 from eva.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
@@ -115,7 +116,8 @@ def run_trial(folder: SweepFolder, search: Search, claimed: Claimed, lock: int) 
     elif code < 0:
         revive(folder, search, number, True, told)
     else:
-        search.finish(number, "failed", None, seconds, told or f"ended with exit code {code}, but left no result")
+        reason = noted_reason(run_folder) or told or f"ended with exit code {code}, but left no result"
+        search.finish(number, "failed", None, seconds, reason)
         return 0 if code == EXIT_USER_ERROR or folder.isolate else EXIT_CRASHED
     return 0
 
@@ -146,11 +148,25 @@ def lived(folder: SweepFolder, search: Search, number: int) -> float:
 
 def ended_status(run_folder: Path) -> str | None:
     """Returns the status of a run that is through; None if there is more to do."""
+    status = noted(run_folder, "status")
+    return status if status in RESULTS else None
+
+
+def noted_reason(run_folder: Path) -> str | None:
+    """Returns why a run ended without a result, and what to do: memory ran out; None if its summary has no word of it.
+
+    It is not the last line of such a run's output, which W&B's part of it follows.
+    """
+    reason = noted(run_folder, "reason")
+    return reason if isinstance(reason, str) else None
+
+
+def noted(run_folder: Path, name: str) -> Any:
+    """Returns a value of a run folder's summary; None if there is none, or no summary."""
     try:
-        status = read_json(run_folder / "summary.json").get("status")
+        return read_json(run_folder / "summary.json").get(name)
     except (UserError, AttributeError):
         return None
-    return status if status in RESULTS else None
 
 
 def objective(run_folder: Path, metric: str) -> float | None:

@@ -299,7 +299,7 @@ class WandbTracker(Tracker):
         """Begins the run in W&B in the time that there is; of a failure nothing is left, neither client nor folder."""
         before = parts_of(self._root, self.run_id)
         try:
-            with wandb_client.at_most(self._seconds):
+            with wandb_client.at_most(self._seconds), _silent_logging():
                 self._wandb.setup()
                 # What wandb would print comes with advice that does not fit here.
                 self._wandb.termsetup(self._wandb.Settings(silent=True), _Notes(self._warnings))
@@ -552,6 +552,16 @@ class _Notes:
 
     def error(self, message: str) -> None:
         """Lets it pass: it is raised too."""
+
+
+@contextlib.contextmanager
+def _silent_logging() -> Iterator[None]:
+    """Makes Python's logging bear in silence what it can't write: on a full disk each line would be a traceback."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
 
 
 def _tell(line: str) -> None:

@@ -5,6 +5,7 @@ Each is sound but for one thing, so that a command gets as far as the code that 
 
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -729,6 +730,12 @@ def first(tensors: Mapping[str, Any]) -> str:
     return next(name for name in tensors if name != "__metadata__")
 
 
+def copies(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Puts copies in the places of the tensors of floats, and returns these."""
+    tensors.update({name: tensor.clone() for name, tensor in tensors.items() if tensor.is_floating_point()})
+    return [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+
+
 NO_CHECKPOINT = "'c.safetensors' is not a readable checkpoint: "
 OTHER = "'c.safetensors' holds another architecture: "
 OLDER = "checkpoint 'c.safetensors' is of another version of eva: it lacks "
@@ -801,6 +808,14 @@ CHECKPOINTS: dict[str, tuple[Make, str]] = {
     ),
     "another shape": (checkpoint(lambda tensors: tensors.update({first(tensors): torch.zeros(24, 3, 5, 5)})), OTHER),
     "no tensor": (checkpoint(lambda tensors: tensors.clear()), OTHER + "Error"),
+    "weights of NaN": (
+        checkpoint(lambda tensors: [tensor.fill_(math.nan) for tensor in copies(tensors)]),
+        "the weights in 'c.safetensors' must be numbers, but NaN is in ",
+    ),
+    "a single NaN": (
+        checkpoint(lambda tensors: copies(tensors)[0].view(-1)[:1].fill_(math.nan)),
+        "the weights in 'c.safetensors' must be numbers, but NaN is in 1 of ",
+    ),
     "a folder": (lambda: Path("c.safetensors").mkdir(), "'c.safetensors' is no run folder: it has no summary.json"),
     "a link to nothing": (
         linked("gone", "c.safetensors"),
@@ -865,6 +880,12 @@ RUNS: dict[str, tuple[Make, tuple[str, ...], str]] = {
     "nothing to resume": (lambda: Path("run").mkdir(), RESUME, "'run' is no run folder: it has no config.yaml"),
     "no folder to compare": (nothing, COMPARE, "no run folder, and no folder of runs, at 'run'"),
     "no folder to resume": (nothing, RESUME, "'run' is no run folder"),
+    "a name too long to resume": (
+        nothing,
+        ("train", f"--resume={'n' * 300}"),
+        "is no run folder: it has no config.yaml",
+    ),
+    "a name too long to send": (nothing, ("sync", "n" * 300), "is no run folder: it has no config.yaml"),
     "a file to compare": (written("run", "text"), COMPARE, "no run folder, and no folder of runs, at 'run'"),
     "a file to resume": (written("run", "text"), RESUME, "'run' is no run folder"),
     "no summary": (in_run("summary.json", None), EVALUATE, "'run' is no run folder: it has no summary.json"),

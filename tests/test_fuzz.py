@@ -57,11 +57,14 @@ FLAGS = {
         *("--name", "--isolate", "--retries", "--retry_failed", "--repeat_best", "--seeds", "--publish", "--project"),
     ),
     "agent": ("--gpus", "--count"),
+    "sync": (),
+    "doctor": ("--json", "--disk", "--config"),
 }
 # Comes last, so that nothing that is drawn begins a training.
 STOP = {
     "train": ["--model=no such model", "model=no such model"],
     "find_lr": ["--model=no such model", "model=no such model"],
+    "doctor": ["--model=no such model", "model=no such model"],
 }
 
 
@@ -93,6 +96,11 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @example(["sweep", "--resume=\udcff", "--count=٣"])
 @example(["agent", "a/b/c", "--gpus=,", "--count=nan"])
 @example(["agent", "--gpus=0"])
+@example(["sync", "\udcff"])
+@example(["sync", "\ud800", "--"])
+@example(["sync", "a" * 5000])
+@example(["doctor", "--disk", "\udcff", "a" * 5000])
+@example(["doctor", "--json", "--disk"])
 @example(["\ud800"])
 def test_every_command_line_is_taken_or_told_in_lines(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     errors = io.StringIO()

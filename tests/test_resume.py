@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_loop import state_of
 
 from eva.config import Layer, RunConfig, resolve
+from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import STATES, read_config, saved_states, state_number
 from eva.tracker import parts_of
 
@@ -46,17 +47,22 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
             "model": "resnet9",
             "norm": "ghost",
             "schedule": "triangular",
+            "policy": "flip_shift_rotate",
             "cycle_epochs": 1,
             "l1": 1e-5,
             "max_steps": 6,
         },
     },
-    "group norm, step": {"model": "resnet9", "norm": "group", "schedule": "step", "lr_steps": [1], "max_steps": 6},
+    "group norm, step": {
+        **{"model": "resnet9", "norm": "group", "schedule": "step", "lr_steps": [1], "max_steps": 6, "policy": "color"},
+    },
     "layer norm, AdamW, cosine": {
         **{"model": "resnet9", "norm": "layer", "optimizer": "adamw", "schedule": "cosine", "max_steps": 6},
-        **{"lr_max": 1e-3, "lr_min": 1e-5},
+        **{"lr_max": 1e-3, "lr_min": 1e-5, "policy": "crop_cutout_rotate"},
     },
-    "instance norm, constant": {"model": "resnet9", "norm": "instance", "schedule": "constant", "max_steps": 6},
+    "instance norm, constant": {
+        **{"model": "resnet9", "norm": "instance", "schedule": "constant", "max_steps": 6, "policy": "flip_cutout"},
+    },
     "no norm, torch's one cycle": {
         **{
             "model": "resnet9",
@@ -200,6 +206,19 @@ def test_a_run_killed_at_twenty_moments_is_the_run_left_alone(tmp_path: Path) ->
     finish(killed, settings)
     assert in_the_writing > 3
     assert_equal_runs(killed, alone)
+
+
+def test_every_norm_and_schedule_and_all_that_the_recipes_are_made_of_is_killed_somewhere() -> None:
+    """Their networks aside, whose states differ by their tensors alone."""
+    asked = [resolve([Layer("test", {**RUN, **settings})])[0] for settings in INGREDIENTS.values()]
+    recipes = [resolve([recipe_layer(name)])[0] for name in RECIPES]
+    for name in ("norm", "schedule", "optimizer"):
+        assert {getattr(config, name) for config in asked} == set(get_args(get_type_hints(RunConfig)[name]))
+    for name in ("policy", "ema_decay", "dropout", "label_smoothing", "grad_clip", "l1"):
+        killed = {getattr(config, name) for config in asked}
+        used = {getattr(config, name) for config in recipes}
+        assert len(killed) > 1 and (name != "policy" or used <= killed)
+    assert any(config.workers for config in asked) and any(config.lr_max == "find" for config in asked)
 
 
 @pytest.mark.parametrize("name", list(INGREDIENTS)[1:])

@@ -27,7 +27,7 @@ LONG_RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 12, "workers": 2, "tracki
 
 
 def start(folder: Path, environment: Mapping[str, str], settings: Mapping[str, Any]) -> subprocess.Popen[str]:
-    """Starts `eva train` in a session of its own, and waits until it trains."""
+    """Starts `eva train` in a session of its own, which a terminal's signals would go to, and waits until it trains."""
     command = [str(BIN / "eva"), "train", *flags({**settings, "out": folder})]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, cwd=folder.parent, text=True, start_new_session=True, **pipes)
@@ -89,7 +89,7 @@ def test_a_signal_saves_tells_how_to_go_on_and_leaves_nothing(
     shared, folder = set(os.listdir("/dev/shm")), tmp_path / "run"
     process = start(folder, clean_environment, LONG_RUN)
     started = time.monotonic()
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to its data workers too, as a terminal and a batch system do
     stdout, stderr = process.communicate(timeout=60)
     assert time.monotonic() - started < 10
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
@@ -106,9 +106,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_it_goes_on_all_the_same(
 ) -> None:
     shared, folder = set(os.listdir("/dev/shm")), tmp_path / "run"
     process = start(folder, clean_environment, {**LONG_RUN, "save_steps": 3})
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - started < 5
@@ -183,6 +183,52 @@ def test_a_full_disk_ends_the_run_with_a_line_and_it_goes_on_once_there_is_room(
     subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
     resumed(folder, clean_environment)
     assert_equal_to(alone, folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "remedy"),
+    [("8k", "do it once more"), ("16k", "go on with eva train --resume {folder}")],
+    ids=["before there is anything to resume", "before W&B has begun"],
+)
+def test_a_disk_that_is_full_from_the_beginning_is_told_with_what_helps(
+    clean_environment: dict[str, str], small_disk: Callable[..., Path], size: str, remedy: str
+) -> None:
+    disk = small_disk(size)
+    folder, settings = disk / "run", {**SMALL_RUN, "epochs": 1, "peak_epoch": 0.5, "tracking": "offline"}
+    command = [str(BIN / "eva"), "train", *flags({**settings, "out": folder})]
+    pipes: dict[str, Any] = {"env": clean_environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=disk, **pipes)
+    *others, line = done.stderr.splitlines()
+    assert done.returncode == 2 and all(other.startswith("W&B") for other in others), done.stderr
+    assert line.startswith("eva train: error: ") and "No space left on device" in line
+    assert line.endswith(f"make room, then {remedy.format(folder=folder)}")
+    subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+    if "--resume" in remedy:
+        resumed(folder, clean_environment)
+    else:
+        again = subprocess.run(command, cwd=disk, **pipes)
+        assert again.returncode == 0, again.stderr
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_full_disk_ends_every_command_with_a_line(
+    tmp_path: Path, small_disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {**SMALL_RUN, "tracking": "disabled"}
+    assert cli.main(["train", *flags({**small, "max_steps": 1, "out": tmp_path / "run"})]) == 0
+    find = {**small, "lr_max": "find", "find_lr_steps": 12, "find_lr_end": 1.0}
+    commands = {
+        "evaluate": ["evaluate", str(tmp_path / "run"), "--tracking=disabled", "--gallery_size=1"],
+        "find_lr": ["find_lr", *flags(find)],
+        "compare": ["compare", str(tmp_path / "run")],
+    }
+    for name, words in commands.items():
+        for size in ("4k", "32k"):
+            capsys.readouterr()
+            assert cli.main([*words, f"--out={small_disk(size) / 'out'}"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"eva {name}: error: ") and "No space left on device" in line
+            assert "--resume" not in line
 
 
 def test_ctrl_c_before_the_training_says_how_to_go_on(tmp_path: Path, clean_environment: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -479,6 +480,32 @@ def test_a_warm_trial_is_the_isolated_one_bit_for_bit(
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     assert same(real.run(3), folder / "trials" / "trial-0000")
+
+
+def test_a_trial_for_which_memory_does_not_suffice_says_what_to_reduce_and_the_next_one_runs(
+    tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    """In the same process, whose memory is free again."""
+    settings = {**SMALL_RUN, "model": "resnet18", "train_limit": 1000, "batch_size": [1000, 20], "val_fraction": 0.03}
+    settings |= {"policy": "crop_flip_cutout", "schedule": "constant", "epochs": 1, "peak_epoch": None, "max_steps": 2}
+    path = real_sweep(tmp_path / "memory.yaml", {name: value for name, value in settings.items() if value is not None})
+    done = subprocess.run(
+        [str(BIN / "eva"), "sweep", str(path), "--skip_check", f"--out={tmp_path / 'sweep'}"],
+        cwd=tmp_path,
+        env=clean_environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("trial 0 of 2: ")]
+    assert line.startswith("trial 0 of 2: failed (out of memory on cpu: choose a batch_size below 1000)")
+    assert "trial 1 of 2: finished" in done.stdout
+    summaries = [tmp_path / "sweep" / "trials" / f"trial-000{number}" / "summary.json" for number in (0, 1)]
+    assert [json.loads(summary.read_text())["status"] for summary in summaries] == ["oom", "finished"]
+    assert done.stdout.count("its process") == 0  # nor did anything have to die for it
 
 
 def test_each_trial_is_a_normal_offline_run_of_wandb(real: RealSweep) -> None:

@@ -16,6 +16,7 @@ from loopback_records import Run
 from test_resume import CLOCK
 
 from eva.tracker import parts_of
+from eva.wandb_client import clients
 
 RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 4, "save_steps": 2, "deterministic": True, "tracking_timeout": 60}
 
@@ -26,8 +27,13 @@ def eva(environment: Mapping[str, str], *arguments: str) -> subprocess.Completed
     return subprocess.run([str(BIN / "eva"), *arguments], env=environment, timeout=300, **pipes)
 
 
-def killed(environment: Mapping[str, str], folder: Path, arguments: Sequence[str], steps: int) -> None:
-    """Runs `eva train` and kills it after so many steps more than its history has."""
+def killed(
+    environment: Mapping[str, str], folder: Path, arguments: Sequence[str], steps: int, *, with_client: bool = False
+) -> None:
+    """Runs `eva train` and kills it after so many steps more than its history has.
+
+    W&B's client lives on for a while and sends what it was given, unless it is killed too, as when a machine is lost.
+    """
     history = folder / "history.csv"
 
     def trained() -> int:
@@ -46,15 +52,17 @@ def killed(environment: Mapping[str, str], folder: Path, arguments: Sequence[str
     while trained() < least:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
+    for client in clients(process.pid) if with_client else ():
+        os.kill(client, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def killed_and_resumed(environment: Mapping[str, str], folder: Path, settings: Mapping[str, Any]) -> None:
-    """Trains a run that is killed three times."""
+    """Trains a run that is killed three times, once with W&B's client."""
     killed(environment, folder, flags({**settings, "out": folder}), 6)
-    for steps in (1, 7):
-        killed(environment, folder, ["--resume", str(folder)], steps)
+    for steps, with_client in ((1, False), (7, True)):
+        killed(environment, folder, ["--resume", str(folder)], steps, with_client=with_client)
     done = eva(environment, "train", "--resume", str(folder))
     assert done.returncode == 0, done.stderr
 
