@@ -465,6 +465,8 @@ def _begin(job: Mapping[str, Any], folder: Path, first: bool) -> dict[str, Any]:
     with trials.running(trial):
         result = experiment.train(config)
     total = time.perf_counter() - began
+    if result.status == "oom":
+        raise MemoryError
     if result.status != "finished":
         raise UserError(f"its first {STEPS} steps ended as {result.status}: the loss is not finite")
     history = folder / "history.csv"

@@ -300,7 +300,7 @@ class WandbTracker(Tracker):
         before = parts_of(self._root, self.run_id)
         try:
             with wandb_client.at_most(self._seconds), _silent_logging():
-                self._wandb.setup()
+                wandb_client.setup()
                 # What wandb would print comes with advice that does not fit here.
                 self._wandb.termsetup(self._wandb.Settings(silent=True), _Notes(self._warnings))
                 self._run = self._wandb.init(
@@ -649,9 +649,7 @@ def _has_account() -> bool:
     """Tells whether wandb would find credentials, without asking anybody: its environment, settings, or netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    import wandb
-
-    settings = wandb.setup().settings
+    settings = wandb_client.setup()
     if settings.api_key:
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()

@@ -109,17 +109,27 @@ def end_at_exit() -> None:
     atexit.register(end)
 
 
-def server() -> str:
-    """Returns the address of W&B's server, as this machine's settings have it."""
+def setup() -> Any:
+    """Makes wandb ready, with a client of this process's own, and returns its settings.
+
+    wandb would take the client of whoever started this process (WANDB_SERVICE), which goes when that one goes.
+    """
     import wandb
 
-    return str(wandb.setup().settings.base_url)
+    if not clients(os.getpid()):
+        os.environ.pop("WANDB_SERVICE", None)
+    return wandb.setup().settings
+
+
+def server() -> str:
+    """Returns the address of W&B's server, as this machine's settings have it."""
+    return str(setup().base_url)
 
 
 def public_api(timeout: int | None = None) -> Any:
     """Returns W&B's public interface, whose answers may be waited for so many seconds, in a process that can exit."""
     import wandb
 
-    wandb.setup()
+    setup()
     end_at_exit()
     return wandb.Api(timeout=timeout)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import wandb
-from conftest import FAKE_KEY, OfflineRun, inspect
+from conftest import BIN, FAKE_KEY, SMALL_RUN, OfflineRun, flags, inspect
 from PIL import Image
 
 from eva.config import Layer, UserError, resolve
@@ -219,3 +219,18 @@ print(tracker.choose_mode("auto")[0])
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "offline\n", "")
+
+
+def test_a_run_has_a_client_of_its_own_whoever_started_it(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    """wandb hands its client to child processes by the environment; here that of a process that is gone by now."""
+    begin = "import os, wandb; wandb.setup(); print(os.environ['WANDB_SERVICE'])"
+    started = subprocess.run(
+        [sys.executable, "-c", begin], env=clean_environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    environment = {**clean_environment, "WANDB_SERVICE": started.stdout.strip()}
+    command = [str(BIN / "eva"), "train", *flags({**SMALL_RUN, "tracking": "offline", "out": tmp_path / "run"})]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("W&B")) == (0, 0), done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["wandb_mode"], summary["wandb_lost"]) == ("offline", False)
+    assert sum(record["type"] == "history" for record in inspect(Path(summary["wandb_folders"][0]))) >= 6
