@@ -32,6 +32,7 @@ from eva.flags import Parser, add_settings, given_settings, loose_settings
 from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import read_config
 
+TTA_TOLD = {"flip": ", with flips", "flip_shift": ", with flips and shifts"}
 EXIT_FAILURE = 1  # a bug's, or a check of `eva doctor` that failed
 EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
@@ -422,7 +423,7 @@ def print_result(result: Any) -> None:
         print(
             f"evaluated on {evaluation['split']}: accuracy {100 * evaluation['accuracy']:.2f} % "
             f"({wrong:,} of {evaluation['count']:,} wrong), {tops}{', ' if tops else ''}loss {loss}, "
-            f"ECE {ece}{', with flips' if evaluation['tta'] == 'flip' else ''}"
+            f"ECE {ece}{TTA_TOLD.get(evaluation['tta'], '')}"
         )
     print(f"run folder: {result.folder}")
     for path in sorted((result.folder / "figures").glob("*.png")):

@@ -142,7 +142,9 @@ class RunConfig:
     # evaluation
     evaluate: bool = option(True, "evaluate the best weights at the end: predictions, galleries, tables")
     split: Literal["test", "val", "train"] = option("test", "split that is evaluated at the end")
-    tta: Literal["none", "flip"] = option("none", "test-time augmentation; flip: mean logits of image and mirror image")
+    tta: Literal["none", "flip", "flip_shift"] = option(
+        "none", "test-time augmentation: mean logits of image and mirror image, and of those moved by a pixel"
+    )
     gallery_size: int = option(25, "images in a gallery", unit="images")
     gradcam_layers: tuple[str, ...] = option((), "layers of Grad-CAM, the last for galleries; default: the last four")
     table_rows: int = option(500, "rows of W&B's table of misclassified images, the highest losses", unit="rows")

@@ -53,7 +53,7 @@ def predict(
     hardware: Hardware,
     *,
     layer: str | None = None,
-    flip: bool = False,
+    tta: str = "none",
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Returns the logits (N, K) of every image and, with a layer, the raw Grad-CAM maps (N, h, w) of what it predicts.
 
@@ -62,8 +62,8 @@ def predict(
         batches: Images (B, 3, H, W) float32 and labels (B,) int64, as a loader without shuffling gives them.
         hardware: Where to compute.
         layer: Name of the layer that the maps are of. At the last stage they cost little more than the logits.
-        flip: Whether the logits are the mean over an image and its mirror image. Maps are of the image itself, for
-            the class that the mean predicts.
+        tta: Test-time augmentation, as `views` has it: the logits are the mean over several views of an image. Maps
+            are of the image itself, for the class that the mean predicts.
 
     Raises:
         UserError: The model has no such layer, or its output is no map.
@@ -73,24 +73,44 @@ def predict(
     with evaluating(model), torch.no_grad(), hardware.autocast():
         for images, labels in batches:
             images, _ = hardware.to_device(images, labels)
-            mirrored = model(images.flip(3)) if flip else None
+            weight, others = views(images, tta)
+            of_others = [share * model(view).float() for share, view in others]
             if gradcam is None or layer is None:
-                logits = _mean_logits(model(images), mirrored)
+                logits = _mean_logits(model(images), weight, of_others)
             else:
-                cams = gradcam(images, partial(_predicted, mirrored=mirrored))
-                logits = _mean_logits(cams.logits, mirrored)
+                cams = gradcam(images, partial(_predicted, weight=weight, of_others=of_others))
+                logits = _mean_logits(cams.logits, weight, of_others)
                 all_maps.append(cams.raw[layer].cpu())
             all_logits.append(logits.cpu())
     maps = torch.cat(all_maps).numpy() if all_maps else None
     return torch.cat(all_logits).numpy(), maps
 
 
-def _mean_logits(logits: Tensor, mirrored: Tensor | None) -> Tensor:
-    return logits.float() if mirrored is None else (logits.float() + mirrored.float()) / 2
+def views(images: Tensor, tta: str) -> tuple[float, list[tuple[float, Tensor]]]:
+    """Returns the weight of images (B, 3, H, W) themselves, and other views of them with theirs; the sum is 1.
+
+    Args:
+        images: The images.
+        tta: "none"; "flip", image and mirror image; or "flip_shift", half of the weight for these, and half for the
+            same of the image moved by one pixel, up and left or down and right, with a reflected border (the multi-crop
+            evaluation of arXiv 2404.00498).
+    """
+    if tta == "none":
+        return 1.0, []
+    if tta == "flip":
+        return 0.5, [(0.5, images.flip(3))]
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+    moved = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
+    return 0.25, [(0.25, images.flip(3)), *((0.125, view) for one in moved for view in (one, one.flip(3)))]
 
 
-def _predicted(logits: Tensor, mirrored: Tensor | None) -> Tensor:
-    return _mean_logits(logits, mirrored).argmax(1)
+def _mean_logits(logits: Tensor, weight: float, of_others: list[Tensor]) -> Tensor:
+    return weight * logits.float() + sum(of_others) if of_others else logits.float()
+
+
+def _predicted(logits: Tensor, weight: float, of_others: list[Tensor]) -> Tensor:
+    return _mean_logits(logits, weight, of_others).argmax(1)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def inspect(
     images, _ = next(iter(batches))
     layers = config.gradcam_layers or stages(model, hardware.to_device(images[:2], images[:2])[0])
     layer = layers[-1] if layers else None
-    logits, maps = predict(model, batches, hardware, layer=layer, flip=config.tta == "flip")
+    logits, maps = predict(model, batches, hardware, layer=layer, tta=config.tta)
     predictions = Predictions(
         config.split, tuple(classes), fingerprint, split.ids, split.labels, logits, layer or "", maps
     )

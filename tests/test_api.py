@@ -230,7 +230,7 @@ def test_a_schedule_is_the_one_that_training_steps_through(offline_run: OfflineR
     assert {constant(step, []).lr for step in range(200)} == {0.3}
     with pytest.raises(eva.UserError, match=r"^a schedule needs numbers for lr_min and lr_max, but got find$"):
         eva.build_schedule(3, recipe="resnet9-onecycle")
-    with pytest.raises(eva.UserError, match="peak_epoch must lie between 0 and epochs"):
+    with pytest.raises(eva.UserError, match=r"peak_epoch must be in \[0, epochs\)"):
         eva.build_schedule(3, epochs=2)
 
 

@@ -318,7 +318,10 @@ REFUSED = {
     "an unknown network": (with_setting(model="resnet10"), "unknown model 'resnet10'"),
     "a setting of another version": (with_setting(warmup=3), "unknown setting 'warmup'"),
     "an impossible setting": (with_setting(gallery_size=-1), "gallery_size must be in [0, 400]"),
-    "a setting of another type": (with_setting(tta=["flip"]), "tta must be one of: none, flip, but got ['flip']"),
+    "a setting of another type": (
+        with_setting(tta=["flip"]),
+        "tta must be one of: none, flip, flip_shift, but got ['flip']",
+    ),
     "data that are gone": (with_setting(data="folder:/gone"), "needs an existing folder, but got PATH='/gone'"),
 }
 
@@ -381,7 +384,7 @@ def test_what_is_no_run_is_a_line(run: Path, workplace: Path, capsys: pytest.Cap
         (["--galery_size=9"], ["command line: unknown setting 'galery_size'; did you mean 'gallery_size'?"]),
         (["--gallery_size=401"], ["gallery_size must be in [0, 400], but got gallery_size=401"]),
         (["--gallery_size"], ["command line: gallery_size must be a whole number, but got no value"]),
-        (["--tta=rotate"], ["command line: tta must be one of: none, flip, but got 'rotate'"]),
+        (["--tta=rotate"], ["command line: tta must be one of: none, flip, flip_shift, but got 'rotate'"]),
         (["--split=valid"], ["command line: split must be one of: test, val, train, but got 'valid'"]),
         (["--device=gpu"], ["device must be auto, cpu, cuda or cuda:N, but got device='gpu'"]),
         (["--tracking=online"], ["W&B online needs an account: "]),

@@ -100,7 +100,7 @@ def failing(batches: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tens
 @pytest.mark.parametrize("prepare", [nn.Module.train, nn.Module.eval, mixed])
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize(
-    "run", [evaluate, predict, partial(predict, layer="2", flip=True)], ids=["evaluate", "logits", "maps"]
+    "run", [evaluate, predict, partial(predict, layer="2", tta="flip")], ids=["evaluate", "logits", "maps"]
 )
 def test_modes_statistics_gradients_and_random_state_stay(
     run: Callable[..., object], prepare: Callable[[nn.Module], object], fails: bool
@@ -153,7 +153,7 @@ def pooled_model() -> Pooled:
 
 
 def by_hand(
-    model: Pooled, batches: list[tuple[Tensor, Tensor]], flip: bool
+    model: Pooled, batches: list[tuple[Tensor, Tensor]], tta: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Logits (N, 4) and raw Grad-CAM maps (N, 3, 3) of the predicted classes, an image at a time, in float64.
 
@@ -163,12 +163,15 @@ def by_hand(
     weights = model.head.weight.detach().numpy()
     all_logits, all_maps = [], []
     for image in torch.cat([images for images, _ in batches]).double():
-        activations, mirrored = (
-            model.features(each[None])[0].detach().numpy()
-            for each in (image, torch.from_numpy(image.numpy()[..., ::-1].copy()))
-        )
-        views = [activations, mirrored] if flip else [activations]
-        logits = sum(view.mean(axis=(1, 2)) @ weights.T for view in views) / len(views)
+        views = [image.numpy()]
+        if tta == "flip_shift":  # the image itself counts twice, as the two that are moved do together
+            around = np.pad(image.numpy(), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+            views += [image.numpy(), around[:, :-2, :-2], around[:, 2:, 2:]]
+        if tta != "none":
+            views += [view[..., ::-1] for view in views]
+        maps = [model.features(torch.from_numpy(view.copy())[None])[0].detach().numpy() for view in views]
+        activations = maps[0]
+        logits = sum(one.mean(axis=(1, 2)) @ weights.T for one in maps) / len(maps)
         summed = np.einsum("k,khw->hw", weights[logits.argmax()], activations) / activations[0].size
         all_logits.append(logits)
         all_maps.append(np.maximum(summed, 0))
@@ -176,11 +179,11 @@ def by_hand(
     return np.stack(all_logits), np.stack(all_maps)
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_every_image_has_the_logits_and_the_map_that_it_has_alone(flip: bool) -> None:
+@pytest.mark.parametrize("tta", ["none", "flip", "flip_shift"])
+def test_every_image_has_the_logits_and_the_map_that_it_has_alone(tta: str) -> None:
     model, batches = pooled_model(), uneven_batches()
-    expected, expected_maps = by_hand(model, batches, flip)
-    logits, maps = predict(model, batches, FP32, layer="features", flip=flip)
+    expected, expected_maps = by_hand(model, batches, tta)
+    logits, maps = predict(model, batches, FP32, layer="features", tta=tta)
     assert maps is not None
     assert logits.dtype == maps.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=1e-5)
@@ -188,11 +191,11 @@ def test_every_image_has_the_logits_and_the_map_that_it_has_alone(flip: bool) ->
     assert expected_maps.max() > 0.1
     # However the images are cut into batches, and whether or not maps are made.
     images, labels = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
-    whole, whole_maps = predict(model, [(images, labels)], FP32, layer="features", flip=flip)
+    whole, whole_maps = predict(model, [(images, labels)], FP32, layer="features", tta=tta)
     assert whole_maps is not None
     np.testing.assert_allclose(whole, logits, atol=1e-6)
     np.testing.assert_allclose(whole_maps, maps, atol=1e-6)
-    alone, none = predict(model, batches, FP32, flip=flip)
+    alone, none = predict(model, batches, FP32, tta=tta)
     assert none is None
     np.testing.assert_allclose(alone, logits, atol=1e-6)
 
@@ -201,11 +204,11 @@ def test_with_flips_maps_are_of_what_image_and_mirror_image_say_together() -> No
     model = pooled_model()
     batches = [(torch.randn(64, 3, 8, 8), torch.zeros(64, dtype=torch.int64))]
     single, _ = predict(model, batches, FP32)
-    logits, maps = predict(model, batches, FP32, layer="features", flip=True)
+    logits, maps = predict(model, batches, FP32, layer="features", tta="flip")
     changed = logits.argmax(1) != single.argmax(1)
     assert 3 < changed.sum() < 60  # else there would be nothing to see
-    _, of_both = by_hand(model, batches, flip=True)
-    _, of_the_image = by_hand(model, batches, flip=False)
+    _, of_both = by_hand(model, batches, "flip")
+    _, of_the_image = by_hand(model, batches, "none")
     assert maps is not None
     np.testing.assert_allclose(maps, of_both, atol=1e-6)
     assert (np.abs(maps - of_the_image).max(axis=(1, 2))[changed] > 1e-4).all()

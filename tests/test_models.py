@@ -173,6 +173,55 @@ def test_torchvision_models_have_torchvisions_parameter_count() -> None:
     assert count_parameters(ours) == count_parameters(resnet34(num_classes=10))
 
 
+# speednet
+
+
+def test_speednet_parameter_count_worked_by_hand() -> None:
+    """Filters, the first layer's bias, and a bias a normalized channel; the scales of the norms are not trained."""
+    filters = 24 * 3 * 4 + 9 * (24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 2 * 256 * 256)
+    assert count_parameters(build_model("speednet", num_classes=10)) == filters + 24 + 2 * (64 + 256 + 256) + 2560
+
+
+def test_speednet_map_sizes() -> None:
+    found = shapes(build_model("speednet", num_classes=7), ["first", "group1", "group2", "group3", "pool", "scale"])
+    assert found == [(24, 31, 31), (64, 15, 15), (256, 7, 7), (256, 3, 3), (256, 1, 1), (7,)]
+
+
+def test_speednet_computes_its_definition_written_as_functions() -> None:
+    """Convolution, pool, norm, GELU, convolution, norm, GELU; in training mode, so by the statistics of the batch."""
+    model = build_model("speednet", num_classes=10)
+    named = dict(model.named_parameters())
+    for parameter in named.values():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter.data, std=0.1)
+    images = torch.randn(4, 3, 32, 32)
+
+    def norm(maps: Tensor, name: str) -> Tensor:
+        mean, variance = maps.mean((0, 2, 3), keepdim=True), maps.var((0, 2, 3), keepdim=True, correction=0)
+        weight, bias = (named[f"{name}.{part}"].view(1, -1, 1, 1) for part in ("weight", "bias"))
+        return (maps - mean) / torch.sqrt(variance + 1e-12) * weight + bias
+
+    def gelu(maps: Tensor) -> Tensor:
+        return maps * (1 + torch.erf(maps / 2**0.5)) / 2
+
+    maps = gelu(F.conv2d(images, named["first.weight"], named["first.bias"]))
+    for number in (1, 2, 3):
+        maps = F.max_pool2d(F.conv2d(maps, named[f"group{number}.0.weight"], padding=1), 2)
+        maps = F.conv2d(gelu(norm(maps, f"group{number}.2")), named[f"group{number}.5.weight"], padding=1)
+        maps = gelu(norm(maps, f"group{number}.6"))
+    close(model(images), maps.amax((2, 3)) @ named["fc.weight"].T / 256)
+
+
+def test_speednets_running_statistics_follow_quickly() -> None:
+    model = build_model("speednet", num_classes=10)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(norms) == 6 and all(not layer.weight.requires_grad and layer.bias.requires_grad for layer in norms)
+    maps = torch.randn(8, 64, 5, 5) + 3
+    norms[0](maps)
+    assert norms[0].running_mean is not None
+    close(norms[0].running_mean, 0.4 * maps.mean((0, 2, 3)))
+
+
 def test_model_names_list_every_torchvision_classifier_and_no_detector() -> None:
     names = model_names()
     assert {"resnet18", "resnet9", "torchvision/resnet34", "torchvision/vit_b_16"} <= set(names)
@@ -205,7 +254,7 @@ def test_checking_that_a_torchvision_model_trains_leaves_it_new() -> None:
 # norms
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet9"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet9", "speednet"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_trains_a_step_with_finite_gradients(name: str, norm: str) -> None:
     model = build_model(name, num_classes=10, norm=norm, dropout=0.1)
@@ -214,7 +263,8 @@ def test_every_norm_trains_a_step_with_finite_gradients(name: str, norm: str) ->
     loss = F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3]))
     loss.backward()  # type: ignore[no-untyped-call]
     for path, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), path
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), path
     optimizer.step()
     assert not torch.equal(model.get_parameter("fc.weight"), before)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eva.config import Layer, RunConfig, resolve
 from eva.models import build_model
-from eva.optim import build_criterion, build_optimizer, decayed_parameters, set_rates
+from eva.optim import Muon, build_criterion, build_optimizer, decayed_parameters, orthogonalize, set_rates
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -219,3 +219,117 @@ def test_loss_of_half_precision_logits_is_float32_inside_and_outside_autocast(
         loss = criterion(logits, LABELS)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
+
+
+# Muon
+
+
+def quintic(values: Tensor) -> Tensor:
+    return 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (1, 9, 5), (3, 4, 4)])
+def test_orthogonalized_matrices_keep_their_singular_vectors(shape: tuple[int, ...]) -> None:
+    """By a singular value decomposition: three times the quintic of each value, over the Frobenius norm."""
+    matrices = torch.randn(shape, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / values.norm(dim=-1, keepdim=True)
+    for _ in range(3):
+        values = quintic(values)
+    expected = left @ torch.diag_embed(values) @ right
+    torch.testing.assert_close(orthogonalize(matrices), expected, atol=1e-6, rtol=1e-5)
+
+
+def speednet() -> nn.Module:
+    model = build_model("speednet", num_classes=10)
+    first = model.get_submodule("first")
+    first.weight.requires_grad_(False)
+    return model
+
+
+MUON = {
+    **{"optimizer": "muon", "lr_max": 0.2, "momentum": 0.6, "linear_lr": 3.0, "bias_lr": 0.5, "weight_decay": 0.01},
+    **{"sgd_momentum": 0.8, "first_bias_epochs": 2},
+}
+
+
+def test_muon_moves_filters_by_orthogonalized_momentum_and_all_else_as_torchs_sgd_does() -> None:
+    """Filters by hand with a decomposition in float64; bfloat16 products are good to a hundredth."""
+    model, other = speednet(), speednet()
+    other.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(config_of(**MUON), model, steps_per_epoch=4)
+    named, reference = dict(model.named_parameters()), dict(other.named_parameters())
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
+    filters = [name for name in trained if named[name].ndim == 4]
+    assert len(filters) == 6 and "first.bias" in trained
+    rates = {name: 3.0 if name == "fc.weight" else 0.5 for name in trained if name not in filters}
+    sgd = torch.optim.SGD(
+        [{"params": [reference[name]], "lr": rate, "weight_decay": 0.01 / rate} for name, rate in rates.items()],
+        momentum=0.8,
+        nesterov=True,
+    )
+    buffers = {name: torch.zeros_like(named[name], dtype=torch.float64) for name in filters}
+    expected = {name: named[name].detach().double() for name in filters}
+    for step, part in enumerate((1.0, 0.5, 0.25)):
+        set_rates(optimizer, 0.2 * part, 0.6, step)
+        for group, (name, rate) in zip(sgd.param_groups, rates.items(), strict=True):
+            group["lr"] = rate * ((1 - step / 8) if name == "first.bias" else part)
+        for name in trained:
+            named[name].grad = torch.randn_like(named[name])
+            reference[name].grad = named[name].grad.clone()  # type: ignore[union-attr]
+        optimizer.step()
+        sgd.step()
+        for name in filters:
+            gradient = named[name].grad.double()  # type: ignore[union-attr]
+            buffers[name] = 0.6 * buffers[name] + gradient
+            matrix = (gradient + 0.6 * buffers[name]).flatten(1)
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            values = quintic(quintic(quintic(values / values.norm())))
+            scaled = expected[name] * len(gradient) ** 0.5 / expected[name].norm()
+            expected[name] = scaled - 0.2 * part * (left @ torch.diag(values) @ right).view_as(gradient)
+    for name in rates:
+        torch.testing.assert_close(named[name], reference[name], atol=1e-6, rtol=1e-5)
+    for name in filters:
+        assert (named[name].double() - expected[name]).norm() < 0.01 * expected[name].norm()
+
+
+def test_the_bias_of_a_frozen_first_layer_is_frozen_once_its_rate_is_nothing() -> None:
+    """After two epochs of four steps; whatever the others' rate is then."""
+    model = speednet()
+    optimizer = build_optimizer(config_of(**MUON), model, steps_per_epoch=4)
+    bias = model.get_submodule("first").bias
+    for step in range(8):
+        set_rates(optimizer, 0.2, 0.6, step)
+        assert bias.requires_grad
+    set_rates(optimizer, 0.2, 0.6, 8)
+    assert not bias.requires_grad
+    others = [parameter for name, parameter in model.named_parameters() if "first" not in name and "norm" not in name]
+    assert sum(parameter.requires_grad for parameter in others) > 6
+
+
+def test_muons_state_goes_on_as_it_was() -> None:
+    """As after a kill: the same steps with and without a detour by way of its state."""
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for step in numbers:
+            generator = torch.Generator().manual_seed(step)
+            set_rates(optimizer, 0.1, 0.6, step)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    alone, killed = speednet(), speednet()
+    killed.load_state_dict(alone.state_dict())
+    whole = build_optimizer(config_of(**MUON), alone, steps_per_epoch=2)
+    steps(alone, whole, range(6))
+    first = build_optimizer(config_of(**MUON), killed, steps_per_epoch=2)
+    steps(killed, first, range(5))
+    resumed = speednet()
+    resumed.load_state_dict(killed.state_dict())
+    second = build_optimizer(config_of(**MUON), resumed, steps_per_epoch=2)
+    assert isinstance(second, Muon)
+    second.load_state_dict(first.state_dict())
+    steps(resumed, second, range(5, 6))
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

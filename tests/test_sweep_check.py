@@ -121,12 +121,12 @@ PARAMETERS = {
     "against a default": ("epochs: {values: [4, 8]} #!", ["peak_epoch must lie", "epochs=4", "peak_epoch not among"]),
     "only two out of order": (
         "epochs: {values: [4, 20]} #!\npeak_epoch: {values: [2, 8]}",
-        ["peak_epoch must lie between 0 and epochs", "peak_epoch=8.0, epochs=4", "(see line 7)"],
+        ["peak_epoch must be in [0, epochs)", "peak_epoch=8.0, epochs=4", "(see line 7)"],
     ),
     "only three together": (
         "epochs: {values: [4, 20, 30]} #!\npeak_epoch: {values: [8, 2]}\n"
         "schedule: {values: [constant, cosine, onecycle]}",
-        ["peak_epoch must lie between 0 and epochs"],
+        ["peak_epoch must be in [0, epochs)"],
     ),
     "no such recipe": ("recipe: {value: resnet9-onecycel} #!", ["unknown recipe", "onecycle'"]),
     "no such data": ("data: {value: cifar11} #!", ["unknown data 'cifar11'", "'cifar10'"]),

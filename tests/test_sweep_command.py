@@ -137,5 +137,5 @@ def test_settings_of_the_command_line_are_judged_with_those_of_the_file(tmp_path
     assert yaml.safe_load(changed.text)["parameters"] == {**parameters, "epochs": {"value": 2}}
     assert check(changed, None, 1, measure=False) == ["size: 2 trials, 4 epochs in all"]
     changed = with_settings(read_sweep(written(tmp_path, parameters=parameters)), {"peak_epoch": "9"})
-    with pytest.raises(UserError, match=r"peak_epoch must lie between 0 and epochs.*epochs=8"):
+    with pytest.raises(UserError, match=r"peak_epoch must be in \[0, epochs\).*epochs=8"):
         check(changed, None, 1, measure=False)
