@@ -36,6 +36,8 @@ from eva.loop import prepare
 from eva.policies import Policy, build_policy
 from eva.tracker import WandbTracker
 
+pytestmark = pytest.mark.alone
+
 NAMES = ["versions", "data", *doctor.CHECKS, "wandb"]
 Draw = Sequence[int] | None
 

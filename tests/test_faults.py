@@ -20,6 +20,8 @@ from loopback import API_KEY, LoopbackServer
 from loopback_records import Run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.alone
+
 SETTINGS = {**SMALL_RUN, "epochs": 4, "deterministic": True, "project": "faults"}
 CLOCK = {"seconds", "images_per_second", "train_epoch/seconds"}
 # Seconds that W&B gets where it will not answer; what a busy machine takes besides; and the patience of a test.

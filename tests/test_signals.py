@@ -22,6 +22,8 @@ from test_resume import rows_of
 from eva import cli, experiment
 from eva.wandb_client import clients
 
+pytestmark = pytest.mark.alone
+
 # A run of some twelve seconds, with workers.
 LONG_RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 12, "workers": 2, "tracking": "offline", "deterministic": True}
 

@@ -18,6 +18,8 @@ from test_resume import CLOCK
 from eva.tracker import parts_of
 from eva.wandb_client import clients
 
+pytestmark = pytest.mark.alone
+
 RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 4, "save_steps": 2, "deterministic": True, "tracking_timeout": 60}
 
 
