@@ -10,11 +10,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import safetensors
 import torch
@@ -32,6 +32,8 @@ BEST = "best.safetensors"
 
 # States that are not asked for by name may take this share of the time.
 SAVING_SHARE = 0.02
+# Seconds that a save may take to give up when somebody wants an end: Python aborts if it ends within native code.
+LEAVE_SECONDS = 2.0
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -99,23 +101,28 @@ def read_facts(path: Path) -> dict[str, Any]:
 # States: NUMBER-DIGEST.pt in the folder `state` of a run, the digest being that of the file's content
 
 
-def save_state(run_folder: Path, state: Mapping[str, Any]) -> Path:
+def save_state(run_folder: Path, state: Mapping[str, Any], ends: Callable[[], bool] = lambda: False) -> Path:
     """Writes a state of plain values and tensors as a run's newest, and drops all but the last two.
 
     It is there in full, under a name that tells its content's SHA-256 digest, or not at all.
+
+    Args:
+        run_folder: The run's.
+        state: What is written.
+        ends: Asked before each tensor; if so, the writing is given up.
 
     Returns:
         Where it is.
 
     Raises:
-        OSError: The disk is full, or refuses it for another reason.
+        OSError: The disk is full, or refuses it for another reason, or the writing was given up.
     """
     folder = run_folder / STATES
     folder.mkdir(exist_ok=True)
     temporary = folder / ".new"  # a run has one process; what a killed one left of it is overwritten
     try:
         with _errors_of_the_disk(folder), open(temporary, "wb") as file:
-            torch.save({"format": STATE_FORMAT, **state}, file)
+            torch.save({"format": STATE_FORMAT, **state}, _Writing(file, ends))  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         before = saved_states(run_folder)
@@ -128,6 +135,19 @@ def save_state(run_folder: Path, state: Mapping[str, Any]) -> Path:
     for old in before[STATES_KEPT - 1 :]:
         old.unlink(missing_ok=True)
     return path
+
+
+class _Writing:
+    """A file under way, which takes no more once somebody wants an end."""
+
+    def __init__(self, file: BinaryIO, ends: Callable[[], bool]) -> None:
+        self._file, self._ends = file, ends
+        self.flush = file.flush
+
+    def write(self, content: bytes) -> int:
+        if self._ends():
+            raise InterruptedError("the writing was given up")
+        return self._file.write(content)
 
 
 def newest_state(run_folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -258,6 +278,7 @@ class Saver:
         self._buffers = Buffers(tensors)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._ends = False
         self._best = best
         self._best_on_disk: Best | None = None
         self._seconds = 0.0  # that the last save took
@@ -269,8 +290,11 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:  # or the disk may be slow, and somebody wants an end
+        if kind is None:
             self.wait()
+        elif self._thread is not None:  # the disk may be slow, and somebody wants an end
+            self._ends = True
+            self._thread.join(LEAVE_SECONDS)
 
     def idle_seconds(self) -> float:
         """Returns how long ago the last save ended, or this began; 0 while one is being written."""
@@ -330,8 +354,8 @@ class Saver:
                 os.fsync(file.fileno())
         if copied is not None:
             entry = None if best is None else {"weights": dict(best.weights), "facts": best.facts}
-            save_state(self._folder, {**copied, "best": entry})
-        if best is not None and best is not self._best_on_disk:
+            save_state(self._folder, {**copied, "best": entry}, lambda: self._ends)
+        if best is not None and best is not self._best_on_disk and not self._ends:
             save_weights(self._folder / BEST, best.weights, best.facts)
             self._best_on_disk = best
         self._buffers.give_back(copied)

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,27 @@ def test_what_a_thread_could_not_write_is_raised_where_it_is_waited_for(tmp_path
     (tmp_path / "state").write_text("no folder")
     with pytest.raises(FileExistsError, match="state"), Saver(tmp_path, (), [], None) as saver:
         saver.save({"step": 1})
+
+
+STOPPED = """
+import sys, torch
+from pathlib import Path
+from eva.checkpoints import Saver
+state = {str(number): torch.zeros(1 << 22) for number in range(16)}  # 268 MB
+try:
+    with Saver(Path(sys.argv[1]), (), [], None) as saver:
+        saver.save(state)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_who_stops_in_the_middle_of_a_save_ends_in_order(tmp_path: Path) -> None:
+    """Not by SIGABRT, as Python's end in the middle of torch's native code would."""
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 # Files
