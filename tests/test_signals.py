@@ -113,7 +113,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_it_goes_on_all_the_same(
     os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
     _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # the interpreter's own exit takes seconds on a busy machine
+    assert len(rows_of(folder / "history.csv")) < 120  # it did not just come to its end
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
     assert_nothing_is_left(process, shared, 2)
     resumed(folder, clean_environment)
