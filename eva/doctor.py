@@ -197,7 +197,8 @@ class Subject:
         """Returns a loader of so many train images, again and again the same if there are fewer."""
         train = self.parts.splits["train"]
         split = train.take(np.resize(np.arange(len(train)), images))
-        return loaders.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers)
+        how = self.parts.hardware.device, self.config.augmentation
+        return loaders.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers, *how)
 
     def batch(self, images: int) -> tuple[Tensor, Tensor]:
         """Returns a batch of train images on the device."""
