@@ -35,6 +35,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "plateau, average, workers": {
         **{"schedule": "plateau", "patience": 1, "lr_min": 1e-4, "ema_decay": 0.7, "workers": 2, "dropout": 0.2},
         **{"grad_clip": 1.0, "label_smoothing": 0.1, "policy": "digits"},
+        "augmentation": "albumentations",
     },
     "range test, one cycle, bf16": {
         **{"lr_max": "find", "lr_min": "find", "find_lr_steps": 12, "find_lr_start": 1e-3, "find_lr_end": 10.0},
