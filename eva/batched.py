@@ -177,7 +177,7 @@ class Cutout(Step):
         count, height, width, _ = images.shape
         below = torch.arange(height, device=images.device) - drawn[:, :1]  # (B, H): rows below the hole's top
         inside = (below >= 0) & (below < self.height)
-        which = torch.where(inside, drawn[:, 1:], width).flatten()
+        which = drawn[:, 1:].expand_as(inside).masked_fill(~inside, width).flatten()
         rows = images.reshape(count * height, 3 * width)
         cut = (rows & self.kept.index_select(0, which)).bitwise_or_(self.filled.index_select(0, which))
         return cut.view(count, height, width, 3)
@@ -217,19 +217,22 @@ class Affine(Step):
         x, y = (position(drawn[:, part], self.shape) for part in (slice(0, 3), slice(3, 6)))  # (B, H, W), in 1/32
         pixels = self.blank.repeat(count, 1, 1)
         pixels[:, 2:-2, 2:-2] = lanes(images)
-        column, row = (x >> 5).clamp_(-2, width).add_(2), (y >> 5).clamp_(-2, height).add_(2)
+        # All in place from here on: for large results memory would be fetched anew, which costs more than arithmetic.
         stride = self.padded_shape[1]
-        first = torch.arange(0, pixels.numel(), self.blank.numel(), dtype=torch.int32, device=images.device)
-        corner = row.mul_(stride).add_(column).add_(first[:, None, None]).flatten()
+        corner = (y >> 5).clamp_(-2, height).add_(2).mul_(stride).add_((x >> 5).clamp_(-2, width).add_(2))
+        corner.add_(torch.arange(0, pixels.numel(), self.blank.numel(), device=images.device)[:, None, None])
+        corner, pixels = corner.flatten(), pixels.flatten()
         right, down = x.bitwise_and_(31).flatten().long(), y.bitwise_and_(31).flatten().long()
-        left, up = 32 - right, 32 - down
-        flat = pixels.flatten()
-        total = flat.index_select(0, corner).mul_(left * up)
-        for step, weight in ((1, right * up), (stride, left * down), (stride + 1, right * down)):
-            total.addcmul_(flat.index_select(0, corner + step), weight)
-        total.add_(512 * LANES).bitwise_right_shift_(10)
-        bytes_ = (total & 255) | ((total >> 13) & 0xFF00) | ((total >> 26) & 0xFF0000)
-        return unpacked(bytes_.int()).view(count, height, width, 3)
+        left = 32 - right
+        above = pixels.index_select(0, corner).mul_(left)
+        above.add_(pixels.index_select(0, corner.add_(1)).mul_(right))
+        below = pixels.index_select(0, corner.add_(stride)).mul_(right)
+        below.add_(pixels.index_select(0, corner.sub_(1)).mul_(left))
+        warped = below.mul_(down).add_(above.mul_(down.neg_().add_(32)))
+        warped.add_(512 * LANES).bitwise_right_shift_(10)
+        green, blue = (warped >> 13).bitwise_and_(0xFF00), (warped >> 26).bitwise_and_(0xFF0000)
+        colors = warped.bitwise_and_(255).bitwise_or_(green).bitwise_or_(blue).int()
+        return unpacked(colors).view(count, height, width, 3)
 
 
 class HueSaturationValue(Step):
@@ -336,7 +339,8 @@ def unpacked(pixels: Tensor) -> Tensor:
 def lanes(images: Tensor) -> Tensor:
     """Returns pixels uint8 (..., 3) as int64 (...): 21 bits a channel, so that one product weighs all three."""
     pixels = packed(images).long()
-    return ((pixels & 255) | ((pixels & 0xFF00) << 13) | ((pixels & 0xFF0000) << 26)).view(images.shape[:-1])
+    green, blue = (pixels & 0xFF00).bitwise_left_shift_(13), (pixels & 0xFF0000).bitwise_left_shift_(26)
+    return pixels.bitwise_and_(255).bitwise_or_(green).bitwise_or_(blue).view(images.shape[:-1])
 
 
 STEPS: dict[type, Callable[[Any, Shape], Step]] = {

@@ -214,3 +214,10 @@ def test_whatever_a_run_is_made_of_comes_back_to_the_bit(tmp_path: Path, name: s
     if json.loads((killed / "summary.json").read_text())["status"] == "running":
         finish(killed, settings)
     assert_equal_runs(killed, alone)
+
+
+def test_a_run_of_before_batches_were_made_as_a_whole_goes_on_image_by_image(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("policy: flip\n")
+    assert read_config(tmp_path)[0].augmentation == "albumentations"
+    (tmp_path / "config.yaml").write_text("policy: flip\naugmentation: auto\n")
+    assert read_config(tmp_path)[0].augmentation == "auto"
