@@ -17,8 +17,9 @@ from scipy import stats
 from test_data import make_split
 
 from eva.batched import Affine, Crop, Cutout, Flip, HueSaturationValue, Step, batched, inverse, require_batched, take
-from eva.config import UserError
+from eva.config import Layer, UserError, resolve
 from eva.data import Split
+from eva.experiment import check_names
 from eva.loaders import Batch, TrainLoader, eval_loader, train_loader
 from eva.policies import Policy, build_policy, policy_names
 
@@ -223,6 +224,16 @@ def test_what_has_no_equivalent_is_named(transform: A.BasicTransform, named_part
 def test_another_end_than_normalize_and_a_tensor_has_no_equivalent(tail: list[A.BasicTransform]) -> None:
     with pytest.raises(UserError, match="no equivalent of another end than a standard Normalize and ToTensorV2"):
         require_batched(Policy("made", A.Compose([A.HorizontalFlip(), *tail])))
+
+
+def test_a_run_that_asks_for_what_cannot_be_is_refused_before_data_are_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    A.save(A.Compose([A.HorizontalFlip(), A.GaussianBlur()]), path)
+    settings = {"policy": str(path), "model": "resnet9", "data": "folder:nowhere"}
+    config, _ = resolve([Layer("test", {**settings, "augmentation": "batched"})])
+    with pytest.raises(UserError, match="there is no equivalent of GaussianBlur; choose augmentation=auto or albument"):
+        check_names(config)
+    check_names(resolve([Layer("test", settings)])[0])
 
 
 def plain_function(image: NDArray[np.uint8], draw: tuple[int, int, int] | None) -> torch.Tensor:
