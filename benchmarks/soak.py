@@ -78,6 +78,7 @@ def write_sweep(path: Path, piece: Path, seed: int) -> None:
     fixed: dict[str, Any] = {
         **{"data": f"folder:{piece}", "model": "torchvision/shufflenet_v2_x0_5", "precision": "fp32", "epochs": EPOCHS},
         **{"batch_size": 27, "peak_epoch": 1, "lr_min": 1e-3, "save_steps": 3, "evaluate": False, "workers": 1},
+        "augmentation": "albumentations",
         **{"deterministic": True, "data_dir": str(piece.parent / "data"), "tracking_timeout": 20, "project": "soak"},
     }
     parameters: dict[str, Any] = {name: {"value": value} for name, value in fixed.items()}

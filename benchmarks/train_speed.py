@@ -191,8 +191,9 @@ def synthetic(count: int) -> data.Split:
 def run_eva(work: Work, clock: Clock, tracker: Tracker) -> None:
     """eva's own loop with its defaults, over one epoch cut short and an evaluation of one batch."""
     config = work.config
-    loader = loaders.train_loader(work.train, work.policy, config.batch_size, config.seed, config.workers)
-    watched = islice(loaders.eval_loader(work.test, work.plain, EVAL_BATCH_SIZE, workers=0), 1)
+    device = work.hardware.device
+    loader = loaders.train_loader(work.train, work.policy, config.batch_size, config.seed, config.workers, device)
+    watched = islice(loaders.eval_loader(work.test, work.plain, EVAL_BATCH_SIZE, 0, device), 1)
     training = prepare(config, work.hardware, work.model, len(loader))
 
     # The loop asks after every step, before it flushes: flushes and tracking fall into the following step.

@@ -144,7 +144,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig) -> Result:
     model, plain = trained_model(checkpoint, config)
     model = model.to(chosen.device, memory_format=chosen.memory_format)  # type: ignore[call-overload]
     workers = 0 if config.workers is None and chosen.device.type == "cpu" else config.workers
-    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, workers)
+    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, workers, chosen.device)
     if remark:
         print(remark)
     if dataset.fingerprint != facts["data_fingerprint"]:

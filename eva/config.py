@@ -86,8 +86,14 @@ class RunConfig:
     train_limit: int | None = option(None, "train on so many images, a fixed stratified subset", unit="images")
     policy: str = option("crop_flip_cutout", "augmentation policy by name, or an Albumentations YAML/JSON file")
     policy_options: dict[str, int | float] = option(dict, "options of the policy, e.g. policy_options.cutout=16")
+    augmentation: Literal["auto", "batched", "albumentations"] = option(
+        "auto",
+        "batched: as tensor operations on the device; albumentations: by image; auto: batched if all of it can be",
+    )
     workers: int | None = option(
-        None, "data loading processes; default: 0 on a CPU, up to 8 beside a GPU", unit="processes"
+        None,
+        "data loading processes, not used where augmentation is batched; default: 0 on a CPU, up to 8 beside a GPU",
+        unit="processes",
     )
 
     # model

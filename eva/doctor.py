@@ -35,7 +35,8 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eva import experiment, hardware, loaders, lr_range, policies, wandb_client
+from eva import experiment, hardware, loaders, lr_range, wandb_client
+from eva.batched import batched
 from eva.checkpoints import STATES_KEPT, newest_state
 from eva.config import RunConfig, UserError
 from eva.data import Split
@@ -197,7 +198,12 @@ class Subject:
         """Returns a loader of so many train images, again and again the same if there are fewer."""
         train = self.parts.splits["train"]
         split = train.take(np.resize(np.arange(len(train)), images))
-        return loaders.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers)
+        return self.loader_of(split, batch_size, workers)
+
+    def loader_of(self, split: Split, batch_size: int, workers: int | None) -> TrainLoader:
+        """Returns a loader of these images by the policy of the configuration."""
+        how = self.parts.hardware.device, self.config.augmentation
+        return loaders.train_loader(split, self.parts.policy, batch_size, self.config.seed, workers, *how)
 
     def batch(self, images: int) -> tuple[Tensor, Tensor]:
         """Returns a batch of train images on the device."""
@@ -485,7 +491,9 @@ def check_tracking(subject: Subject) -> Outcome:
 
 
 def check_augmentation(subject: Subject) -> Outcome:
-    """Draws two epochs with two workers and without: the same batches, and no draw that follows another's place.
+    """Draws two epochs with two workers and without: the same images, and no draw that follows another's place.
+
+    Where batches are made as a whole there are no workers: they are made in two sizes then.
 
     All images are the same noise, so that nothing but the draws can differ. A policy may draw the same twice by chance
     (a flip does half of the time); what is asked is that workers and epochs don't do so at the same places.
@@ -493,13 +501,15 @@ def check_augmentation(subject: Subject) -> Outcome:
     policy = subject.parts.policy
     noise = np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     split = Split(np.repeat(noise[None], DRAWS, 0), np.arange(DRAWS), np.array([f"{i}" for i in range(DRAWS)]))
-    by_two, by_none = (drawn(split, policy, subject.config.seed, workers) for workers in (2, 0))
+    as_a_whole = subject.config.augmentation != "albumentations" and batched(policy) is not None
+    these, those = ("batches of 32", "those of 16") if as_a_whole else ("two workers", "none")
+    by_two, by_none = drawn(subject, split, DRAWN_BATCH, 2), drawn(subject, split, DRAWN_BATCH // (1 + as_a_whole), 0)
     # Batches go to the workers in turns.
     first, second = ([draw for batch in by_two[0][start::2] for draw in batch] for start in (0, 1))
     epochs = [[draw for batch in epoch for draw in batch] for epoch in by_two]
     indexed: list[list[tuple[int, bytes]]] = [sorted(epoch) for epoch in epochs]
     pairs = {
-        "two workers": list(zip(first, second, strict=True)),
+        "batches in turn" if as_a_whole else "two workers": list(zip(first, second, strict=True)),
         "two epochs, by image": list(zip(*indexed, strict=True)),
         "two epochs, by place": list(zip(*epochs, strict=True)),
     }
@@ -519,21 +529,21 @@ def check_augmentation(subject: Subject) -> Outcome:
         if count > most[which]:
             line = f"{count} of {len(pairs[which])} draws of {which} are the same (chance: at most {most[which]:.0f})"
             return judged(False, line, **measured)
-    if by_two != by_none:
-        return judged(False, "two workers give other batches than none", **measured)
-    same = "two workers draw as none"
+    if epochs != [[draw for batch in epoch for draw in batch] for epoch in by_none]:
+        return judged(False, f"{these} give other images than {those}", **measured)
+    same = f"{these} draw as {those}"
     if not policy.is_random:
         return judged(True, f"policy {name!r} draws nothing; {same}", **measured)
     line = f"{len(pictures)} pictures in {total} draws of one image, none repeated by worker or epoch"
     return judged(True, f"{line}; {same}", **measured)
 
 
-def drawn(split: Split, policy: policies.Policy, seed: int, workers: int) -> list[list[list[tuple[int, bytes]]]]:
+def drawn(subject: Subject, split: Split, batch_size: int, workers: int) -> list[list[list[tuple[int, bytes]]]]:
     """Returns two epochs of batches of draws: the image's index, and its pixels."""
-    loader = loaders.train_loader(split, policy, DRAWN_BATCH, seed, workers)
+    loader = subject.loader_of(split, batch_size, workers)
     return [
         [
-            [(int(label), image.numpy().tobytes()) for image, label in zip(images, labels, strict=True)]
+            [(int(label), image.cpu().numpy().tobytes()) for image, label in zip(images, labels, strict=True)]
             for images, labels in loader.epoch(epoch)
         ]
         for epoch in (0, 1)

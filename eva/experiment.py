@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from eva import data, evaluation, figures, hardware, inspection, loaders, lr_range, models, policies
+from eva.batched import require_batched
 from eva.checkpoints import BEST, load_weights
 from eva.config import Failure, Layer, RunConfig, Terminated, UserError, collected, to_dict
 from eva.data import Dataset, Split
@@ -87,7 +88,9 @@ def check_names(config: RunConfig) -> None:
     with collected(problems):
         hardware.choose_hardware(config)
     with collected(problems):
-        policies.build_policy(config.policy, (0.5,) * 3, (0.25,) * 3, config.policy_options)
+        policy = policies.build_policy(config.policy, (0.5,) * 3, (0.25,) * 3, config.policy_options)
+        if config.augmentation == "batched":
+            require_batched(policy)
     with collected(problems):
         model = build_model(config, num_classes=10)
         if config.evaluate and config.gradcam_layers:  # told now, not after the training
@@ -155,8 +158,9 @@ def build(config: RunConfig) -> Parts:
     # --device=cpu on a machine with a GPU is a CPU all the same.
     workers = 0 if config.workers is None and chosen.device.type == "cpu" else config.workers
     # What is evaluated only once is not worth processes of its own.
-    test_loader = loaders.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers)
-    watched_loader = loaders.eval_loader(val, plain, EVAL_BATCH_SIZE, workers) if len(val) else test_loader
+    how = chosen.device, config.augmentation
+    test_loader = loaders.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers, *how)
+    watched_loader = loaders.eval_loader(val, plain, EVAL_BATCH_SIZE, workers, *how) if len(val) else test_loader
     hardware.seed_everything(config.seed, config.deterministic)
     model = build_model(config, num_classes)
     initialize(model, config.init, normalized_images(train, plain))
@@ -166,7 +170,7 @@ def build(config: RunConfig) -> Parts:
         mean=mean,
         std=std,
         watched="val" if len(val) else "test",
-        train_loader=loaders.train_loader(train, policy, config.batch_size, config.seed, workers),
+        train_loader=loaders.train_loader(train, policy, config.batch_size, config.seed, workers, *how),
         watched_loader=watched_loader,
         test_loader=test_loader,
         policy=policy,
@@ -605,7 +609,7 @@ def inspect_best(config: RunConfig, model: nn.Module, run: Run) -> dict[str, Any
     parts, run_id = run.parts, run.summary["wandb_id"]
     split = parts.splits[config.split]
     plain = policies.build_policy("test", parts.mean, parts.std)
-    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, 0)
+    batches = loaders.eval_loader(split, plain, EVAL_BATCH_SIZE, 0, parts.hardware.device, config.augmentation)
     dataset = parts.dataset
     found = inspection.inspect(model, split, batches, config, parts.hardware, dataset.classes, dataset.fingerprint)
     entries = inspection.write(found, run.folder)

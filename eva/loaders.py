@@ -1,4 +1,8 @@
-"""Batches of a split: shuffled and augmented for training, plain and in order for an evaluation."""
+"""Batches of a split: shuffled and augmented for training, plain and in order for an evaluation.
+
+They are made on the training device, many at a time, where all of a policy runs on batches (`eva.batched`), and
+otherwise image by image, in worker processes if there are any.
+"""
 
 import math
 import os
@@ -7,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -15,8 +19,10 @@ import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
+from eva.batched import BatchedPolicy, Draws, batched, require_batched, take
 from eva.config import UserError
 from eva.data import Split
+from eva.image_cache import IMAGE_SIZE
 
 # How often workers may die over one batch.
 MOST_DEATHS = 3
@@ -25,6 +31,14 @@ MOST_DEATHS = 3
 # would be the stream of [seed, epoch, 0], which a policy may well use for sample 0.
 ORDER_STREAM = int.from_bytes(b"order")
 
+# A GPU makes so many images at once, whatever the batch size: it has something to do, and the host has not.
+IMAGES_AT_ONCE = 4096
+# Images stay on the host if they would take more than this share of what is free on the GPU.
+MOST_OF_FREE_MEMORY = 1 / 3
+
+CPU = torch.device("cpu")
+
+Augmentation = Literal["auto", "batched", "albumentations"]
 Policy = Callable[[NDArray[np.uint8], tuple[int, int, int] | None], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 Sample = tuple[torch.Tensor, int]
@@ -80,14 +94,119 @@ class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         return math.ceil(self.images_per_epoch / self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._batches(self.next_epoch, self.start_batch)
+        return self._keys(self.next_epoch, self.start_batch)
 
-    def _batches(self, epoch: int, start_batch: int) -> Iterator[list[tuple[int, int]]]:
-        # Advance at the first batch, not in __iter__: a DataLoader with workers calls that twice at first.
+    def _keys(self, epoch: int, start_batch: int) -> Iterator[list[tuple[int, int]]]:
+        # Begins at the first batch, not in __iter__: a DataLoader with workers calls that twice at first.
+        for indices in self.begin(epoch, start_batch):
+            yield [(epoch, index) for index in indices.tolist()]
+
+    def begin(self, epoch: int, start_batch: int) -> list[NDArray[np.int64]]:
+        """Returns the batches of an epoch from `start_batch` on as indices; the following one is the next then."""
         self.next_epoch, self.start_batch = epoch + 1, 0
-        order = np.random.default_rng([ORDER_STREAM, self.seed, epoch]).permutation(self.num_images).tolist()
-        for start in range(start_batch * self.batch_size, self.images_per_epoch, self.batch_size):
-            yield [(epoch, index) for index in order[start : min(start + self.batch_size, self.images_per_epoch)]]
+        order = np.random.default_rng([ORDER_STREAM, self.seed, epoch]).permutation(self.num_images)
+        starts = range(start_batch * self.batch_size, self.images_per_epoch, self.batch_size)
+        return [order[start : min(start + self.batch_size, self.images_per_epoch)] for start in starts]
+
+
+class DeviceImages:
+    """Images of a split that a batched policy makes batches of, on a device.
+
+    On a GPU they lie in its memory, as uint8, unless they would take too much of it: then those of a few batches at a
+    time come from the host.
+
+    Args:
+        split: The images; nothing is read before the first batch.
+        policy: Moved to the device.
+        device: Where the batches are wanted.
+    """
+
+    def __init__(self, split: Split, policy: BatchedPolicy, device: torch.device) -> None:
+        self.split = split
+        self.policy = policy.to(device)
+        self.device = device
+        self._labels: torch.Tensor | None = None
+        self._resident: torch.Tensor | None = None
+
+    def batches(self, indices: Sequence[NDArray[np.int64]], draws: Draws) -> Iterator[Batch]:
+        """Yields the batches of these indices: float32 (B, 3, 32, 32), channels-last in memory, and int64 (B,).
+
+        Args:
+            indices: Those of each batch.
+            draws: Of all images of the split, on the host.
+        """
+        if not indices:
+            return
+        if self._labels is None:
+            self._labels, self._resident = self._moved(torch.from_numpy(np.array(self.split.labels))), self._copied()
+        draws = tuple(map(self._moved, draws))
+        at_once = max(1, IMAGES_AT_ONCE // len(indices[0])) if self.device.type == "cuda" else 1
+        for first in range(0, len(indices), at_once):
+            group = indices[first : first + at_once]
+            on_host = np.concatenate(group)
+            where = self._moved(torch.from_numpy(on_host))
+            if self._resident is None:
+                images = self._moved(torch.from_numpy(np.asarray(self.split.images[on_host])))
+            else:
+                images = self._resident.index_select(0, where)
+            sizes = [len(batch) for batch in group]
+            made = self.policy(images, take(draws, where))
+            labels = self._labels.index_select(0, where)
+            yield from zip(torch.split(made, sizes), torch.split(labels, sizes), strict=True)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor of the host on the device, without waiting for what the device still has to do."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _copied(self) -> torch.Tensor | None:
+        """Returns the images in the memory of a GPU, or None if they stay on the host."""
+        if self.device.type != "cuda":
+            return None
+        shape = len(self.split), IMAGE_SIZE, IMAGE_SIZE, 3
+        if math.prod(shape) > MOST_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]:
+            return None
+        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        for start in range(
+            0, len(images), 16 * IMAGES_AT_ONCE
+        ):  # whatever lies on a disk is not wanted whole on the host
+            part = slice(start, start + 16 * IMAGES_AT_ONCE)
+            images[part] = torch.from_numpy(np.array(self.split.images[part]))
+        return images
+
+
+class BatchedEpochs(torch.utils.data.IterableDataset[Batch]):
+    """Training batches of a batched policy; each iteration is the next epoch of `batches`."""
+
+    def __init__(self, images: DeviceImages, batches: ShuffledBatches) -> None:
+        self._images = images
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._epoch(self._batches.next_epoch, self._batches.start_batch)
+
+    def _epoch(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        indices = self._batches.begin(epoch, start_batch)
+        draws = self._images.policy.draw(len(self._images.split), self._batches.seed, epoch)
+        yield from self._images.batches(indices, draws)
+
+
+class BatchedSplit(torch.utils.data.IterableDataset[Batch]):
+    """All images in their order through a batched policy that draws nothing."""
+
+    def __init__(self, images: DeviceImages, batch_size: int) -> None:
+        self._images = images
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._images.split) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = np.arange(len(self._images.split))
+        indices = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+        return self._images.batches(indices, self._images.policy.draw(len(order), 0, 0))
 
 
 class TrainLoader:
@@ -99,10 +218,10 @@ class TrainLoader:
         num_images: Images that an epoch delivers: all, less one if it would be a last batch of its own.
     """
 
-    def __init__(self, images: PolicyImages, batches: ShuffledBatches, workers: int) -> None:
+    def __init__(self, batches: ShuffledBatches, make: "Callable[[], torch.utils.data.DataLoader[Any]]") -> None:
         self._batches = batches
-        self._make = partial(_data_loader, images, workers, batch_sampler=batches)
-        self.loader = self._make()
+        self._make = make
+        self.loader = make()
         self.num_images = batches.images_per_epoch
 
     def __len__(self) -> int:
@@ -138,7 +257,15 @@ class TrainLoader:
         self._batches.next_epoch, self._batches.start_batch = epoch, start_batch
 
 
-def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, workers: int | None) -> TrainLoader:
+def train_loader(
+    split: Split,
+    policy: Policy,
+    batch_size: int,
+    seed: int,
+    workers: int | None,
+    device: torch.device = CPU,
+    augmentation: Augmentation = "auto",
+) -> TrainLoader:
     """Returns shuffled, augmented batches.
 
     Args:
@@ -148,10 +275,14 @@ def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, worke
         batch_size: Images per batch; the last one may be smaller.
         seed: Seed of the order and of the augmentation, not negative.
         workers: Processes that apply the policy, 0 for none; None for 0 on a CPU (they would only take cores
-            from the network) and up to 8 beside a GPU.
+            from the network) and up to 8 beside a GPU. Where batches are made as a whole there is none.
+        device: Where batches are made, if they are as a whole; otherwise they come on the host.
+        augmentation: batched makes them as a whole, albumentations image by image; auto: as a whole if the policy
+            can be. One seed gives other draws of the same distribution.
 
     Raises:
-        UserError: `batch_size` is not between 1 and the number of images.
+        UserError: `batch_size` is not between 1 and the number of images, or `augmentation` is batched and the
+            policy can't be.
     """
     if not 1 <= batch_size <= len(split):
         raise UserError(
@@ -159,7 +290,11 @@ def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, worke
             f"with {len(split)} train images"
         )
     batches = ShuffledBatches(len(split), batch_size, seed)
-    return TrainLoader(PolicyImages(split, policy, seed), batches, _num_workers(workers))
+    if (whole := _batched(policy, augmentation)) is not None:
+        epochs = BatchedEpochs(DeviceImages(split, whole, device), batches)
+        return TrainLoader(batches, partial(_batched_loader, epochs))
+    images = PolicyImages(split, policy, seed)
+    return TrainLoader(batches, partial(_data_loader, images, _num_workers(workers), batch_sampler=batches))
 
 
 class EvalLoader:
@@ -184,7 +319,14 @@ class EvalLoader:
         return iter(self._make(sampler=self._keys[batch * self._batch_size :]) if batch else self._loader)
 
 
-def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | None) -> EvalLoader:
+def eval_loader(
+    split: Split,
+    policy: Policy,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device = CPU,
+    augmentation: Augmentation = "auto",
+) -> "EvalLoader | torch.utils.data.DataLoader[Batch]":
     """Returns a loader of all images in their order, without draws: float32 (B, 3, 32, 32) and int64 (B,).
 
     Args:
@@ -192,7 +334,11 @@ def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | No
         policy: Called with None for the draw.
         batch_size: Images per batch; the last one may be smaller.
         workers: As for `train_loader`.
+        device: As for `train_loader`.
+        augmentation: As for `train_loader`.
     """
+    if (whole := _batched(policy, augmentation)) is not None and not whole.is_random:
+        return _batched_loader(BatchedSplit(DeviceImages(split, whole, device), batch_size))
     return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers))
 
 
@@ -247,6 +393,12 @@ def _begun(begin: Callable[[int, bool], Iterator[Batch]], batch: int, anew: bool
     return batches
 
 
+def _batched(policy: Policy, augmentation: Augmentation) -> BatchedPolicy | None:
+    if augmentation == "albumentations":
+        return None
+    return require_batched(policy) if augmentation == "batched" else batched(policy)
+
+
 def _num_workers(workers: int | None) -> int:
     if workers is not None:
         return workers
@@ -265,6 +417,14 @@ def _data_loader(images: PolicyImages, workers: int, **batching: Any) -> "torch.
         generator=torch.Generator(),
         **batching,
     )
+
+
+def _batched_loader(batches: "torch.utils.data.IterableDataset[Batch]") -> "torch.utils.data.DataLoader[Batch]":
+    return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:

@@ -202,7 +202,9 @@ def read_config(folder: Path, *given: Layer) -> tuple[RunConfig, dict[str, str]]
     path = folder / "config.yaml"
     if not os.path.isfile(path):  # pathlib's raises where a name is too long
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.yaml")
-    return resolve([Layer(f"file {path}", {**read_yaml(path), "out": str(folder)}), *given])
+    # A run of before there was a choice drew image by image, and goes on so.
+    values = {"augmentation": "albumentations", **read_yaml(path), "out": str(folder)}
+    return resolve([Layer(f"file {path}", values), *given])
 
 
 @functools.cache

@@ -64,7 +64,7 @@ QUANTILES = (0.0, 0.1, 0.37, 0.5, 0.61, 0.83, 0.99)
 # What makes a trial's model, policy and device.
 BUILT = (
     *("model", "norm", "ghost_splits", "norm_groups", "dropout", "stage_strides", "gradcam_layers", "evaluate"),
-    *("policy", "policy_options", "device", "precision"),
+    *("policy", "policy_options", "augmentation", "device", "precision"),
 )
 
 # What every epoch logs, by its last name, with its better direction; None for what says nothing of a trial's worth.

@@ -44,7 +44,7 @@ AMOUNTS = (
 )
 # Settings that decide the cost by what is chosen.
 CHOICES = (
-    *("recipe", "data", "data_dir", "model", "norm", "stage_strides", "policy", "optimizer"),
+    *("recipe", "data", "data_dir", "model", "norm", "stage_strides", "policy", "augmentation", "optimizer"),
     *("device", "precision", "channels_last", "compile", "deterministic"),
     *("evaluate", "split", "tta", "gradcam_layers", "tracking"),
 )

@@ -71,6 +71,7 @@ def valid_settings(draw: st.DrawFn) -> dict[str, Any]:
         "train_limit": st.none() | count(),
         "policy": text(),
         "policy_options": options,
+        "augmentation": st.sampled_from(["auto", "batched", "albumentations"]),
         "workers": st.none() | count(0),
         "model": text(),
         "norm": st.sampled_from(["batch", "ghost", "group", "layer", "instance", "none"]),

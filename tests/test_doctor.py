@@ -26,6 +26,7 @@ from test_signals import assert_nothing_is_left
 from torch import Tensor, nn
 
 from eva import doctor, experiment, lr_range
+from eva.batched import BatchedPolicy
 from eva.checkpoints import newest_state, save_state
 from eva.cli import main
 from eva.config import Layer, RunConfig, resolve
@@ -348,7 +349,7 @@ def counter() -> Callable[[Sequence[int]], Sequence[int]]:
         (lambda seed: (0,), "makes the same of an image in all 256 draws"),
         (lambda seed: (seed[0], 0, seed[2]), "128 of 128 draws of two epochs, by image are the same"),
         (counter(), "64 of 64 draws of two workers are the same"),
-        (lambda seed: (os.getpid(), *seed), "two workers give other batches than none"),
+        (lambda seed: (os.getpid(), *seed), "two workers give other images than none"),
     ],
     ids=["ignores its draw", "ignores the epoch", "has a state", "depends on the process"],
 )
@@ -363,6 +364,17 @@ def test_what_repeats_by_chance_alone_is_well(subject: Subject, name: str) -> No
         sound = with_policy(subject, lambda _: build_policy(name, (0.5,) * 3, (0.25,) * 3))
         check = look("augmentation", replace(sound, config=replace(sound.config, seed=seed)))
         assert check.status == "ok", check.line
+
+
+def test_batches_made_as_a_whole_are_looked_at_too(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = with_policy(subject, lambda _: build_policy("crop_flip_cutout", (0.5,) * 3, (0.25,) * 3))
+    assert "batches of 32 draw as those of 16" in look("augmentation", whole).line
+    by_image = replace(whole, config=replace(whole.config, augmentation="albumentations"))
+    assert "two workers draw as none" in look("augmentation", by_image).line
+    draw = BatchedPolicy.draw
+    monkeypatch.setattr(BatchedPolicy, "draw", lambda self, num_images, seed, epoch: draw(self, num_images, seed, 0))
+    check = look("augmentation", whole)
+    assert check.status == "failed" and "128 of 128 draws of two epochs, by image are the same" in check.line
 
 
 # --- what looks at a model ---

@@ -324,7 +324,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_every_step_once(
 ) -> None:
     folder = tmp_path / "run"
     settings = {**SMALL_RUN, "train_limit": 200, "epochs": 6, "workers": 1, "tracking": "offline", "out": folder}
-    settings = {**settings, "evaluate": True, "gallery_size": 0}
+    settings = {**settings, "augmentation": "albumentations", "evaluate": True, "gallery_size": 0}
     command = [str(BIN / "eva"), "train"]
     started = subprocess.Popen(
         [*command, *flags(settings)],

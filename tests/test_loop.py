@@ -46,6 +46,7 @@ def digits(count: int) -> tuple[Split, Split]:
 
 def make_config(**settings: Any) -> RunConfig:
     plain = {"data": "digits", "policy": "test", "batch_size": 20, "epochs": 2, "workers": 0, "schedule": "constant"}
+    plain["augmentation"] = "albumentations"  # the only one that knows workers
     config, _ = resolve([Layer("test", {**plain, "lr_max": 0.05, **settings})])
     return config
 
@@ -53,7 +54,8 @@ def make_config(**settings: Any) -> RunConfig:
 def make_loader(config: RunConfig, images: int) -> TrainLoader:
     train, _ = digits(images)
     policy = build_policy(config.policy, *channel_statistics(train.images))
-    return train_loader(train, policy, config.batch_size, config.seed, config.workers)
+    workers, how = config.workers, config.augmentation
+    return train_loader(train, policy, config.batch_size, config.seed, workers, augmentation=how)
 
 
 def watched_batches(images: int) -> list[tuple[Tensor, Tensor]]:
@@ -417,6 +419,18 @@ def test_an_interrupted_run_that_goes_on_is_the_uninterrupted_one(
         assert_equal_weights(getattr(second.training, model), getattr(uninterrupted.training, model))
     expected, best = (load_file(folder / "best.safetensors") for folder in (uninterrupted.folder, second.folder))
     assert expected.keys() == best.keys() and all(torch.equal(best[name], expected[name]) for name in best)
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 8])
+def test_a_run_whose_batches_are_made_as_a_whole_goes_on_too(tmp_path: Path, stop_at: int) -> None:
+    config = make_config(**{**EVERYTHING, "epochs": 2}, augmentation="batched")
+    whole = run(tmp_path / "whole", config)
+    assert run(tmp_path / "run", config, stop_at=stop_at).status == "interrupted"
+    second = run(tmp_path / "run", config, resume=True)
+    assert without_clock(second.tracker.rows) == without_clock(whole.tracker.rows)
+    assert_equal_weights(second.training.model, whole.training.model)
+    by_image = run(tmp_path / "by_image", make_config(**{**EVERYTHING, "epochs": 2}))
+    assert without_clock(by_image.tracker.rows) != without_clock(whole.tracker.rows)
 
 
 def test_the_scale_of_half_precision_goes_on_too(tmp_path: Path) -> None:

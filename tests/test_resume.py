@@ -36,6 +36,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "plateau, average, workers": {
         **{"schedule": "plateau", "patience": 1, "lr_min": 1e-4, "ema_decay": 0.7, "workers": 2, "dropout": 0.2},
         **{"grad_clip": 1.0, "label_smoothing": 0.1, "policy": "digits"},
+        "augmentation": "albumentations",
     },
     "range test, one cycle, bf16": {
         **{"lr_max": "find", "lr_min": "find", "find_lr_steps": 12, "find_lr_start": 1e-3, "find_lr_end": 10.0},
@@ -232,3 +233,10 @@ def test_whatever_a_run_is_made_of_comes_back_to_the_bit(tmp_path: Path, name: s
     if json.loads((killed / "summary.json").read_text())["status"] == "running":
         finish(killed, settings)
     assert_equal_runs(killed, alone)
+
+
+def test_a_run_of_before_batches_were_made_as_a_whole_goes_on_image_by_image(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("policy: flip\n")
+    assert read_config(tmp_path)[0].augmentation == "albumentations"
+    (tmp_path / "config.yaml").write_text("policy: flip\naugmentation: auto\n")
+    assert read_config(tmp_path)[0].augmentation == "auto"

@@ -25,7 +25,10 @@ from eva.wandb_client import clients
 pytestmark = pytest.mark.alone
 
 # A run of some twelve seconds, with workers.
-LONG_RUN = {**SMALL_RUN, "train_limit": 200, "epochs": 12, "workers": 2, "tracking": "offline", "deterministic": True}
+LONG_RUN = {
+    **{**SMALL_RUN, "train_limit": 200, "epochs": 12, "workers": 2, "augmentation": "albumentations"},
+    **{"tracking": "offline", "deterministic": True},
+}
 
 
 def start(folder: Path, environment: Mapping[str, str], settings: Mapping[str, Any]) -> subprocess.Popen[str]:
