@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eva.config import UserError
-from eva.policies import SIZE, Policy
+from eva.policies import FLIP_STREAM, SIZE, AlternatingFlip, Policy
 
 # First in the entropy and larger than any seed in use, as for the order of the images.
 DRAW_STREAM = int.from_bytes(b"draws")
@@ -47,10 +47,12 @@ class Step(nn.Module):
 
     Attributes:
         is_random: Whether there is anything to draw.
+        alternates: Whether the draws are the same for all epochs, and every other epoch has the opposite of them.
         shape: Height and width of what comes out.
     """
 
     is_random = True
+    alternates = False
     shape: Shape
 
     def draw(self, generator: np.random.Generator, num_images: int) -> Tensor:
@@ -140,6 +142,20 @@ class Flip(Step):
         # Copying from both is faster than torch.where, and waits for no count of the flipped as an index of them would.
         both = torch.cat((images, images.flip(2)))
         return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * drawn)
+
+
+class Alternate(Flip):
+    """Left for right in every other epoch; draws 1 or 0 for whether in the even ones."""
+
+    alternates = True
+
+    def __init__(self, transform: AlternatingFlip, shape: Shape) -> None:
+        super().__init__(transform, shape)
+        if transform.p < 1:
+            raise NoEquivalent("AlternatingFlip with p below 1")
+
+    def draw(self, generator: np.random.Generator, num_images: int) -> Tensor:
+        return torch.from_numpy(applied(generator, num_images, 0.5).astype(np.int32))
 
 
 class Cutout(Step):
@@ -298,8 +314,14 @@ class BatchedPolicy(nn.Module):
 
     def draw(self, num_images: int, seed: int, epoch: int) -> Draws:
         """Returns the draws of an epoch for each image by index, on the host: a pure function of the arguments."""
-        generator = np.random.default_rng([DRAW_STREAM, seed, epoch])
-        return tuple(step.draw(generator, num_images) for step in self.steps)
+        of_epoch = np.random.default_rng([DRAW_STREAM, seed, epoch])
+
+        def drawn(step: Step) -> Tensor:
+            if step.alternates:
+                return step.draw(np.random.default_rng([FLIP_STREAM, seed]), num_images) ^ (epoch % 2)
+            return step.draw(of_epoch, num_images)
+
+        return tuple(map(drawn, self.steps))
 
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Returns what a call with the same arguments gives, but before Normalize: uint8 (B, H, W, 3).
@@ -347,6 +369,7 @@ STEPS: dict[type, Callable[[Any, Shape], Step]] = {
     A.Pad: Pad,
     A.RandomCrop: Crop,
     A.HorizontalFlip: Flip,
+    AlternatingFlip: Alternate,
     A.CoarseDropout: Cutout,
     A.Affine: Affine,
     A.HueSaturationValue: HueSaturationValue,

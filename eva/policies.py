@@ -1,7 +1,7 @@
 """Augmentation policies: Albumentations pipelines by name or from a file, and a picture of what they do.
 
 A policy is no more than the defaults of the options it has (`POLICIES`); `_transforms` makes the pipeline of
-them, in one order for all: crop, flip, shift/scale/rotate, color, cutout. Cutout comes last so that its hole
+them, in one order for all: crops, flips, shift/scale/rotate, color, cutout. Cutout comes last so that its hole
 stays square and filled with exactly the mean of the train images. Whatever else lies outside of the image is
 black, as for torchvision's `RandomCrop(32, padding=4)`, which pads before the normalization.
 """
@@ -20,6 +20,7 @@ from typing import Any, cast
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
+import cv2
 import numpy as np
 import torch
 from albumentations.core.serialization import SERIALIZABLE_REGISTRY, serialize_enum, shorten_class_name
@@ -32,6 +33,8 @@ from eva.config import UserError, read_text, read_yaml, unknown_name
 SIZE = 32  # height and width of every image that a policy returns, in pixels
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 TAIL = (A.Normalize, ToTensorV2)
+# First in the entropy of alternating flips, which all epochs share.
+FLIP_STREAM = int.from_bytes(b"flips")
 RENAMED = {"Cutout": "CoarseDropout"}  # what difflib would not find
 
 # The gallery, in pixels of the picture (`GALLERY_SCALE`: picture pixels in an image pixel).
@@ -60,7 +63,9 @@ class Option:
 # At 0, an option switches off what it is about.
 OPTIONS: dict[str, Option] = {
     "pad": Option("pixels of black on each side, before a random crop to 32x32", SIZE, whole=True),
+    "reflect": Option("pixels of reflection on each side, before a random crop to 32x32", SIZE - 1, whole=True),
     "flip": Option("probability of a horizontal flip", 1),
+    "alternate": Option("1 for a horizontal flip of each image in every other epoch", 1, whole=True),
     "shift": Option("largest shift in pixels, each axis for itself", SIZE, whole=True),
     "scale": Option("largest relative change of size, 0.1 for 0.9 to 1.1", 0.9),
     "rotate": Option("largest angle in degrees, either way", 180),
@@ -79,9 +84,30 @@ POLICIES: dict[str, dict[str, float]] = {
     "color": {"flip": 0.5, "rotate": 15, "hue": 10, "saturation": 30, "value": 20, "cutout": 8},
     "crop_cutout_rotate": {"pad": 4, "cutout": 16, "rotate": 5},
     "flip_shift_rotate": {"flip": 0.5, "shift": 2, "scale": 0.1, "rotate": 15},
+    # Of the CIFAR-10 speed records (arXiv 2404.00498).
+    "speedrun": {"reflect": 2, "alternate": 1},
     # No flips: a mirrored digit is another digit, or none.
     "digits": {"shift": 2, "scale": 0.1, "rotate": 10},
 }
+
+
+class AlternatingFlip(A.HorizontalFlip):  # type: ignore[misc]
+    """Flips each image in every other epoch, a random half of them in the even ones (arXiv 2404.00498, section 3.6).
+
+    So every two epochs show each image both ways, where independent flips show half of the images twice the same.
+    """
+
+    def __init__(self, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.flips = False
+
+    def name_draw(self, seed: Sequence[int]) -> None:
+        """Takes the draw that comes next: (run seed, epoch, image index), or any other numbers."""
+        run, epoch, *image = (*seed, 0, 0)[: max(len(seed), 2)]
+        self.flips = bool(np.random.default_rng([FLIP_STREAM, run, *image]).random() < 0.5) != bool(epoch % 2)
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return cast(np.ndarray, super().apply(img, **params)) if self.flips else img
 
 
 class Policy:
@@ -96,6 +122,7 @@ class Policy:
         self.pipeline = pipeline
         # Shares its transforms with `pipeline`. The tail draws nothing, so one seed gives both the same draw.
         self._untailed = A.Compose([t for t in pipeline.transforms if not isinstance(t, TAIL)], p=pipeline.p)
+        self._alternating = [transform for transform in _leaves(pipeline) if isinstance(transform, AlternatingFlip)]
 
     @property
     def is_random(self) -> bool:
@@ -130,7 +157,15 @@ class Policy:
             generator = np.random.default_rng(seed)
             # set_random_seed would make two new generators for every transform, at four times the cost.
             pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+            for transform in self._alternating:
+                transform.name_draw(seed)
         return pipeline(image=image)["image"]
+
+
+def _leaves(node: Any) -> Iterator[A.BasicTransform]:
+    """Yields the transforms of a pipeline, those of pipelines within it too."""
+    for transform in node.transforms:
+        yield from _leaves(transform) if hasattr(transform, "transforms") else (transform,)
 
 
 def policy_names() -> tuple[str, ...]:
@@ -199,8 +234,13 @@ def _transforms(values: Mapping[str, float], fill: tuple[int, ...]) -> list[A.Ba
     transforms: list[A.BasicTransform] = []
     if has("pad"):
         transforms += [A.Pad(padding=values["pad"], fill=0), A.RandomCrop(SIZE, SIZE)]
+    if has("reflect"):
+        mirror = cv2.BORDER_REFLECT_101
+        transforms += [A.Pad(padding=values["reflect"], border_mode=mirror), A.RandomCrop(SIZE, SIZE)]
     if has("flip"):
         transforms.append(A.HorizontalFlip(p=values["flip"]))
+    if has("alternate"):
+        transforms.append(AlternatingFlip())
     if has("shift", "scale", "rotate"):
         # The shift in pixels, because translate_percent is rounded towards zero.
         transforms.append(

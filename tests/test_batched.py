@@ -21,7 +21,7 @@ from eva.config import Layer, UserError, resolve
 from eva.data import Split
 from eva.experiment import check_names
 from eva.loaders import Batch, TrainLoader, eval_loader, train_loader
-from eva.policies import Policy, build_policy, policy_names
+from eva.policies import AlternatingFlip, Policy, build_policy, policy_names
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -87,7 +87,8 @@ def by_albumentations(
         shown.append(policy.augment(image, (1, 2, index)))
         normalized.append(policy(image, (1, 2, index)))
         for row, step, transform in zip(rows, equivalent.steps, transforms, strict=True):
-            row.append(draw_of(step, transform.params))
+            flips = isinstance(transform, AlternatingFlip)
+            row.append([transform.flips] if flips else draw_of(step, transform.params))
     like = equivalent.draw(len(images), 0, 0)
     draws = tuple(torch.tensor(row, dtype=one.dtype).view(one.shape) for row, one in zip(rows, like, strict=True))
     return draws, np.stack(shown), torch.stack(normalized)
@@ -290,6 +291,24 @@ def test_every_window_and_every_hole_comes_as_often_as_any_other() -> None:
         counts = np.bincount((places[:, 0] * side + places[:, 1]).numpy(), minlength=side * side)
         assert stats.chisquare(counts).pvalue > LIKELY
     assert stats.binomtest(int(flips.sum()), 200_000, 0.5).pvalue > LIKELY
+
+
+def test_alternating_flips_are_a_fair_half_and_the_other_one_in_every_other_epoch() -> None:
+    """By image and on batches; of two seeds not the same half."""
+    policy, images = named("speedrun", reflect=0), noise(400)
+    by_image = np.array(
+        [
+            [not np.array_equal(policy.augment(image, (5, epoch, index)), image) for index, image in enumerate(images)]
+            for epoch in range(3)
+        ]
+    )
+    equivalent = require_batched(policy)
+    on_batches = np.array([equivalent.draw(400, 5, epoch)[0].numpy() for epoch in range(3)])
+    for flips in (by_image, on_batches):
+        np.testing.assert_array_equal(flips[1], 1 - flips[0].astype(int))
+        np.testing.assert_array_equal(flips[2], flips[0])
+        assert 150 < flips[0].sum() < 250  # five deviations of a fair coin
+    assert 150 < (equivalent.draw(400, 6, 0)[0] != equivalent.draw(400, 5, 0)[0]).sum() < 250
 
 
 def test_draws_of_seeds_epochs_and_transforms_are_independent() -> None:

@@ -241,7 +241,7 @@ def test_digits_are_never_mirrored() -> None:
 
 @pytest.mark.parametrize("name", RANDOM_POLICIES)
 def test_options_at_zero_switch_everything_off(name: str) -> None:
-    every = ("pad", "flip", "shift", "scale", "rotate", "hue", "saturation", "value", "cutout")
+    every = ("pad", "reflect", "flip", "alternate", "shift", "scale", "rotate", "hue", "saturation", "value", "cutout")
     known = [option for option in every if option in options_of(name)]
     policy = make_policy(name, **dict.fromkeys(known, 0))
     assert torch.equal(policy(make_image()), make_policy("test")(make_image()))

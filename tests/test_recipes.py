@@ -49,8 +49,18 @@ def config_of(name: str) -> RunConfig:
     return resolve([recipe_layer(name)])[0]
 
 
-def test_the_six_recipes_are_those_of_the_reports() -> None:
-    assert RECIPES.keys() == REPORTED.keys()
+def test_the_recipes_are_those_of_the_reports_and_the_speed_records() -> None:
+    assert RECIPES.keys() == {*REPORTED, "speedrun"}
+
+
+def test_speedruns_rates_fall_to_nothing_from_the_first_step_on() -> None:
+    """As 1 - step / steps, of 25 steps in each of 8 epochs; a mean has so many times the rate of a sum."""
+    config = config_of("speedrun")
+    schedule = build_schedule(config, 25)
+    rates = [schedule(step, []).lr for step in range(200)]
+    assert rates == pytest.approx([0.24 * (1 - step / 200) for step in range(200)])
+    assert (config.bias_lr, config.linear_lr) == pytest.approx((0.053 * 2000, 0.67 * 2000))
+    assert config.weight_decay == pytest.approx(2e-6 * 2000)
 
 
 @pytest.mark.parametrize("name", REPORTED)
