@@ -40,7 +40,7 @@ class Split:
 
     Attributes:
         images: uint8 RGB of shape (N, 32, 32, 3): in memory, or for folders in the file of the cache. Either way an
-            index, a slice or an array of indices gives an array, and `np.asarray` all of them as one.
+            index, a slice or an array of indices gives an array.
         labels: int64 class indices of shape (N,).
         ids: Names of shape (N,), as text or as objects, that stay the same wherever the data lie: "train/00017"
             (split and index) for cifar10 and digits, the path below the data root ("train/cat/0001.jpg") for folders.
@@ -52,6 +52,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def as_array(self) -> NDArray[np.uint8]:
+        """Returns all images in memory, uint8 (N, 32, 32, 3): those of a file as a copy."""
+        return np.asarray(self.images)
 
     def take(self, indices: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "Split":
         """Returns the images at these indices (or of this boolean mask or slice), in that order.

@@ -84,7 +84,7 @@ def test_digits_are_all_of_scikit_learn_scaled_to_bytes_and_upscaled(digits: Dat
     for split in (digits.train, digits.test):
         assert split.images.shape == (len(split), 32, 32, 3) and split.images.dtype == np.uint8
         assert split.labels.dtype == np.int64
-        assert (split.images == split.images[..., :1]).all(), "the three channels must be equal"
+        assert (split.as_array() == split.as_array()[..., :1]).all(), "the three channels must be equal"
     # Independent reference: torch's bilinear interpolation. Each image is within rounding of its source.
     reference = torch.nn.functional.interpolate(
         torch.from_numpy(source.images)[:, None], (32, 32), mode="bilinear", align_corners=False
@@ -110,7 +110,7 @@ def test_digits_ids_name_split_and_index(digits: Dataset) -> None:
 
 def test_digits_train_and_test_share_no_image(digits: Dataset) -> None:
     def digest(split: Split) -> list[bytes]:
-        return [hashlib.sha256(image).digest() for image in split.images]
+        return [hashlib.sha256(image).digest() for image in split.as_array()]
 
     assert not set(digest(digits.train)) & set(digest(digits.test))
 
@@ -200,7 +200,7 @@ def test_cifar10_reads_an_archive_of_verified_batches(
     # The published layout of a row: 1024 red values, then green, then blue, each row by row.
     row = batches["data_batch_2"]["data"][1]
     for channel, y, x in [(0, 0, 0), (1, 0, 5), (2, 31, 31), (0, 7, 30)]:
-        assert dataset.train.images[5, y, x, channel] == row[1024 * channel + 32 * y + x]
+        assert dataset.train.images[5][y, x, channel] == row[1024 * channel + 32 * y + x]
 
     (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(b"broken")
     with pytest.raises(UserError, match="has a wrong checksum; delete"):
@@ -523,7 +523,7 @@ def test_hold_out_takes_the_rounded_share_of_each_class_and_keeps_the_order() ->
     for part in (train, val):
         assert part.ids.tolist() == sorted(part.ids)
         indices = [int(name.removeprefix("train/")) for name in part.ids]
-        assert (part.images == split.images[indices]).all() and (part.labels == split.labels[indices]).all()
+        assert (part.as_array() == split.images[indices]).all() and (part.labels == split.labels[indices]).all()
 
 
 def test_hold_out_does_not_depend_on_global_random_state() -> None:
