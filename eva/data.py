@@ -25,7 +25,7 @@ from PIL import Image
 from eva.config import UserError, unknown_name
 from eva.image_cache import decoded
 from eva.image_files import EXTENSIONS, ImageFiles, Listing, joined, list_images, names_image
-from eva.mapped_images import IMAGE_SIZE, Images, MappedImages
+from eva.stored_images import IMAGE_SIZE, Images, StoredImages
 from eva.text import printable
 
 DIGITS_TEST_FRACTION = 0.2
@@ -62,7 +62,7 @@ class Split:
 
         As with any NumPy array, a slice gives a view, the others a copy; of images in a file none is read.
         """
-        images = self.images.take(indices) if isinstance(self.images, MappedImages) else self.images[indices]
+        images = self.images.take(indices) if isinstance(self.images, StoredImages) else self.images[indices]
         return Split(images, self.labels[indices], self.ids[indices])
 
 
@@ -347,7 +347,7 @@ def channel_statistics(images: Images) -> tuple[tuple[float, float, float], tupl
 
     Exact up to the last division: both come from sums of integers, which images in the cache's file have with them.
     """
-    if isinstance(images, MappedImages):
+    if isinstance(images, StoredImages):
         totals, squares = images.moments().sum(axis=0, dtype=np.int64).tolist()
     else:
         counts = np.zeros((3, 256), np.int64)

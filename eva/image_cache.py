@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from eva.config import UserError
 from eva.image_files import DIGEST_SIZE, FILES_PER_TASK, ImageFiles, contents, in_order, lines
-from eva.mapped_images import IMAGE_BYTES, MOMENTS_BYTES, SHAPE, Images, MappedImages, moments
-from eva.mapped_images import IMAGE_SIZE as IMAGE_SIZE
+from eva.stored_images import IMAGE_BYTES, MOMENTS_BYTES, SHAPE, Images, StoredImages, moments
+from eva.stored_images import IMAGE_SIZE as IMAGE_SIZE
 
 # Decoded folders are kept under this version: raise it when the same files would decode to other pixels, or entries
 # look different.
@@ -179,7 +179,7 @@ def _read_entry(cached: Path, count: int, fingerprint: Callable[[Images], str]) 
     try:
         if cached.stat().st_size != count * (IMAGE_BYTES + MOMENTS_BYTES) + 2 * DIGEST_SIZE:
             return None
-        images = MappedImages.open(cached, count)
+        images = StoredImages.open(cached, count)
         with cached.open("rb") as file:
             file.seek(-2 * DIGEST_SIZE, os.SEEK_END)
             said, seal = file.read(DIGEST_SIZE), file.read()
@@ -205,12 +205,12 @@ def _write_entry(
         sums.append(sum_)
     found = np.concatenate(sums)
     _write(part, found.data)
-    written = MappedImages.open(Path(str(part.name)), count)
+    written = StoredImages.open(Path(str(part.name)), count)
     said = fingerprint(written)
     _write(part, memoryview(bytes.fromhex(said) + _seal(cached, found, bytes.fromhex(said))))
     os.fsync(part.fileno())
     os.replace(str(part.name), cached)
-    return MappedImages.open(cached, count), said
+    return StoredImages.open(cached, count), said
 
 
 def _write(part: io.FileIO, content: memoryview) -> None:

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
 from eva.config import UserError, read_text, read_yaml, unknown_name
-from eva.mapped_images import Images
+from eva.stored_images import Images
 
 SIZE = 32  # height and width of every image that a policy returns, in pixels
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
