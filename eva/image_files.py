@@ -89,7 +89,7 @@ def joined(listings: Iterable[Listing]) -> Listing:
 
 def names_image(name: str) -> bool:
     """Tells whether a file is an image by its name."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return name[name.rfind(".") :].lower() in EXTENSIONS
 
 
 def list_images(root: Path, folder: Path, left_out: Counter[str]) -> Listing:
@@ -142,7 +142,7 @@ def _file_status(entry: os.DirEntry[str]) -> os.stat_result:
 
 def _state(status: os.stat_result) -> tuple[int, int, int, int, int]:
     # No user can set a file's time of change (ctime): of a file that was written to, it is another one.
-    inode, device = (number & 0x7FFF_FFFF_FFFF_FFFF for number in (status.st_ino, status.st_dev))
+    inode, device = status.st_ino & 2**63 - 1, status.st_dev & 2**63 - 1
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode, device
 
 
