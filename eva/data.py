@@ -6,14 +6,16 @@ import json
 import math
 import os
 import tarfile
+import time
 import unicodedata
 import urllib.error
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eva.config import UserError, unknown_name
-from eva.image_cache import EXTENSIONS, IMAGE_SIZE, decoded
+from eva.image_cache import decoded
+from eva.image_files import EXTENSIONS, ImageFiles, Listing, joined, list_images, names_image
+from eva.stored_images import IMAGE_SIZE, Images, StoredImages
 from eva.text import printable
 
 DIGITS_TEST_FRACTION = 0.2
@@ -32,28 +36,34 @@ HOLD_OUT_STREAM, LIMIT_STREAM, DIGITS_STREAM = 1, 2, 3
 
 @dataclass(frozen=True)
 class Split:
-    """Images in memory with their labels and names.
+    """Images with their labels and names.
 
     Attributes:
-        images: uint8 RGB of shape (N, 32, 32, 3).
+        images: uint8 RGB of shape (N, 32, 32, 3): in memory, or for folders in the file of the cache. Either way an
+            index, a slice or an array of indices gives an array.
         labels: int64 class indices of shape (N,).
-        ids: Names of shape (N,) that stay the same wherever the data lie: "train/00017" (split and index) for
-            cifar10 and digits, the path below the data root ("train/cat/0001.jpg") for folders.
+        ids: Names of shape (N,), as text or as objects, that stay the same wherever the data lie: "train/00017"
+            (split and index) for cifar10 and digits, the path below the data root ("train/cat/0001.jpg") for folders.
     """
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int64]
-    ids: NDArray[np.str_]
+    ids: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def as_array(self) -> NDArray[np.uint8]:
+        """Returns all images in memory, uint8 (N, 32, 32, 3): those of a file as a copy."""
+        return np.asarray(self.images)
+
     def take(self, indices: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "Split":
         """Returns the images at these indices (or of this boolean mask or slice), in that order.
 
-        As with any NumPy array, a slice gives a view, the others a copy.
+        As with any NumPy array, a slice gives a view, the others a copy; of images in a file none is read.
         """
-        return Split(self.images[indices], self.labels[indices], self.ids[indices])
+        images = self.images.take(indices) if isinstance(self.images, StoredImages) else self.images[indices]
+        return Split(images, self.labels[indices], self.ids[indices])
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,15 @@ class Dataset:
 def load_dataset(
     data: str, data_dir: Path = Path("data"), *, workers: int | None = None, progress: bool = False
 ) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set; images of a folder stay in the cache's file, so that there may be more than memory holds.
 
     Args:
         data: "cifar10" (downloaded by torchvision, checksums verified), "digits" (scikit-learn's 1,797
             handwritten digits, 20 % of each class for test) or "folder:PATH" with PATH/train/CLASS/* and
             PATH/test/CLASS/*. Images of a folder may have any size: they are decoded and resized to 32x32
             once (the aspect ratio is not kept, transparency is dropped, EXIF orientation is applied, of an
-            animation the first picture is taken), then cached by content.
+            animation the first picture is taken), then cached by content. A file is read again only if its size,
+            dates, inode or device changed, or it had changed within 2 s before it was read.
         data_dir: Folder for downloads and for the cache of decoded images; made when needed.
         workers: Threads that read and decode a folder; None for one per CPU.
         progress: Whether to tell what happens: progress bars while reading and decoding a folder, and a line
@@ -95,12 +106,12 @@ def load_dataset(
             that leads nowhere or around, or holds images that cannot be read (they are named); `data_dir`
             cannot be written.
     """
+    if data.startswith("folder:"):
+        return _load_folder(data, data_dir, workers, progress)
     if data == "cifar10":
         classes, train, test = _load_cifar10(data_dir)
     elif data == "digits":
         classes, train, test = _load_digits()
-    elif data.startswith("folder:"):
-        classes, train, test = _load_folder(data.removeprefix("folder:"), data_dir, workers, progress)
     else:
         raise UserError(unknown_name("data", data, ("cifar10", "digits", "folder:PATH")))
     return Dataset(data, classes, train, test, _fingerprint(classes, train, test))
@@ -110,7 +121,8 @@ def _fingerprint(classes: Sequence[str], train: Split, test: Split) -> str:
     # The sizes in the header make the concatenation of the arrays unambiguous.
     digest = hashlib.sha256(json.dumps([list(classes), len(train), len(test)]).encode())
     for split in (train, test):
-        digest.update(np.ascontiguousarray(split.images).data)
+        for start in range(0, len(split), 1024):
+            digest.update(np.ascontiguousarray(split.images[start : start + 1024]).data)
         digest.update(split.labels.astype("<i8").data)
     return digest.hexdigest()
 
@@ -175,15 +187,15 @@ def _load_digits() -> tuple[tuple[str, ...], Split, Split]:
 # --- image folders ---
 
 
-def _load_folder(
-    path: str, data_dir: Path, workers: int | None, progress: bool
-) -> tuple[tuple[str, ...], Split, Split]:
+def _load_folder(data: str, data_dir: Path, workers: int | None, progress: bool) -> Dataset:
+    path = data.removeprefix("folder:")
     root = Path(path).expanduser()
     if not path or not root.is_dir():
         raise UserError(f"data=folder:PATH needs an existing folder, but got PATH={path!r}")
     left_out: Counter[str] = Counter()
+    looked = time.time_ns()
     try:
-        train, test = (_list_images(root, split, left_out) for split in ("train", "test"))
+        train, test = (_list_classes(root, split, left_out) for split in ("train", "test"))
     except OSError as error:
         raise UserError(f"cannot list {str(error.filename)!r}: {error.strerror}") from None
     most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:5]
@@ -193,21 +205,30 @@ def _load_folder(
         print(f"left out in {str(root)!r}: {told} (images: {', '.join(sorted(EXTENSIONS))})")
 
     classes = tuple(train)
-    paths = [path for by_class in (train, test) for name in classes for path in by_class[name]]
-    _check_names(root, paths)
+    listings = [by_class[name] for by_class in (train, test) for name in classes]
+    files = ImageFiles(root, joined(listings), looked)
+    _check_names(root, files.listing.paths)
+    sizes = [len(listing) for listing in listings]
+    labels = np.repeat(np.tile(np.arange(len(classes)), 2), sizes)
+    ids = np.array(files.listing.paths, object)  # np.str_ would take the longest one's room for each
+    num_train = sum(sizes[: len(classes)])
+
+    def splits(images: Images) -> tuple[Split, Split]:
+        both = Split(images, labels, ids)
+        return both.take(slice(num_train)), both.take(slice(num_train, None))
+
+    def fingerprint(images: Images) -> str:
+        return _fingerprint(classes, *splits(images))
+
     with warnings.catch_warnings():
         # Pillow warns about images so large that they may be an attack: they are told as unreadable, by name.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        images = decoded(root, paths, data_dir / "cache", workers or os.cpu_count() or 1, progress)
-    sizes = [len(by_class[name]) for by_class in (train, test) for name in classes]
-    labels = np.repeat(np.tile(np.arange(len(classes)), 2), sizes)
-    both = Split(images, labels, np.array(paths))
-    num_train = sum(sizes[: len(classes)])
-    return classes, both.take(slice(num_train)), both.take(slice(num_train, None))
+        images, digest = decoded(files, data_dir, fingerprint, workers or os.cpu_count() or 1, progress)
+    return Dataset(data, classes, *splits(images), digest)
 
 
-def _list_images(root: Path, split: str, left_out: Counter[str]) -> dict[str, list[str]]:
-    """Returns the images of each class, as sorted posix paths below root, classes sorted by name.
+def _list_classes(root: Path, split: str, left_out: Counter[str]) -> dict[str, Listing]:
+    """Returns the images of each class, classes sorted by name.
 
     What is left out is counted in `left_out`, by what it is; what is hidden is not.
     """
@@ -221,9 +242,9 @@ def _list_images(root: Path, split: str, left_out: Counter[str]) -> dict[str, li
     names = [entry.name for entry in entries if entry.is_dir()]
     if not names:
         raise UserError(f"{str(folder)!r} must hold a folder of images per class, but has none")
-    beside = [entry.name for entry in entries if entry.name not in names and _names_image(entry.name)]
+    beside = [entry.name for entry in entries if entry.name not in names and names_image(entry.name)]
     left_out.update("images beside the folders of classes" for _ in beside)
-    return {name: sorted(_walk_images(root, folder / name, left_out)) for name in names}
+    return {name: list_images(root, folder / name, left_out) for name in names}
 
 
 def _check_link(link: Path) -> None:
@@ -234,29 +255,6 @@ def _check_link(link: Path) -> None:
         raise UserError(f"{str(link)!r} must be a folder of one class, but is a link to a folder around it")
 
 
-def _names_image(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS
-
-
-def _walk_images(root: Path, folder: Path, left_out: Counter[str]) -> Iterator[str]:
-    def refuse(error: OSError) -> None:  # os.walk would silently leave out a folder that it cannot read
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        left_out.update("links to folders" for name in folders if os.path.islink(os.path.join(parent, name)))
-        for name in names:
-            path = Path(parent) / name
-            if name.startswith("."):
-                continue
-            if not _names_image(name):
-                left_out[printable(path.suffix.lower()) or "without an ending"] += 1
-            elif not path.is_file():  # reading a pipe or a device might never end
-                raise UserError(f"cannot read image {str(path)!r}: it is no file, or a link to none")
-            else:
-                yield path.relative_to(root).as_posix()
-
-
 def _check_names(root: Path, paths: Iterable[str]) -> None:
     """Raises a UserError if a name would break lines, or cannot be written as text."""
     for path in paths:
@@ -265,7 +263,7 @@ def _check_names(root: Path, paths: Iterable[str]) -> None:
             raise UserError(f"names in {str(root)!r} must be UTF-8 without control characters, but got {path!r}")
 
 
-def _check_classes(root: Path, train: dict[str, list[str]], test: dict[str, list[str]], left_out: str) -> None:
+def _check_classes(root: Path, train: dict[str, Listing], test: dict[str, Listing], left_out: str) -> None:
     problems = []
     if missing := sorted(train.keys() - test.keys()):
         problems.append(f"missing from test: {printable(', '.join(missing))}")
@@ -344,25 +342,23 @@ def _choose(labels: NDArray[np.int64], shares: Sequence[int], stream: int) -> ND
     return chosen
 
 
-def channel_statistics(
-    images: NDArray[np.uint8],
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def channel_statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Returns mean and population deviation of each channel of (N, H, W, 3) images, in units of [0, 1].
 
-    Exact up to the last division: both come from the integer histogram of each channel.
+    Exact up to the last division: both come from sums of integers, which images in the cache's file have with them.
     """
-    counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 1024):  # bincount copies to int64: a part at a time
-        pixels = images[start : start + 1024].reshape(-1, 3)
-        counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
-    levels = np.arange(256)
-    number = int(counts[0].sum())
+    if isinstance(images, StoredImages):
+        totals, squares = images.moments().sum(axis=0, dtype=np.int64).tolist()
+    else:
+        counts = np.zeros((3, 256), np.int64)
+        for start in range(0, len(images), 1024):  # bincount copies to int64: a part at a time
+            pixels = images[start : start + 1024].reshape(-1, 3)
+            counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
+        levels = np.arange(256)
+        totals, squares = (counts @ levels).tolist(), (counts @ levels**2).tolist()
+    number = math.prod(images.shape[:3])
     means, deviations = [], []
-    for count in counts:
-        total, squares = (
-            int(count @ levels),
-            int(count @ levels**2),
-        )  # Python's integers: the products are beyond 64 bits
+    for total, square in zip(totals, squares, strict=True):  # Python's integers: products are beyond 64 bits
         means.append(total / number / 255)
-        deviations.append(math.sqrt(number * squares - total**2) / number / 255)
+        deviations.append(math.sqrt(number * square - total**2) / number / 255)
     return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])

@@ -211,11 +211,17 @@ class _Look:
 
     def data(self, data_dir: Path) -> None:
         """Looks at the folder of data sets and decoded images."""
-        for path in self._entries(self._root(DATA, data_dir) / "cache"):
+        root = self._root(DATA, data_dir)
+        for path in self._entries(root / "cache"):
             if path.suffix in (".images", ".npz"):  # .npz: of versions before
                 self._add(DECODED, path, can_go=True)
             elif path.suffix in (".part", ".tmp"):
                 self._add(LEFTOVERS, path, can_go=_is_left(path))
+        for path in self._entries(root / "index"):
+            if path.suffix == ".index":
+                self._add(DECODED, path, can_go=True)
+            elif _is_temporary(path):
+                self._add(LEFTOVERS, path, can_go=_is_old(path))
 
     def own_folders_of_wandb(self) -> None:
         """Looks at the folders that W&B uses where it is told no others."""
@@ -239,7 +245,7 @@ class _Look:
                 self._wandb_of_run(path, ended)
             elif path.name in ("state", "state.pt"):  # state.pt: of versions before
                 self._add(STATES, path, can_go=ended)
-            elif re.fullmatch(r"\..+\.\d+", path.name):  # as `write_atomically` names them
+            elif _is_temporary(path):
                 self._add(LEFTOVERS, path, can_go=_is_old(path))
             elif path.suffix == ".safetensors":
                 self._add(WEIGHTS, path)
@@ -340,6 +346,10 @@ def _is_folder(path: Path) -> bool:
 
 def _is_wandb_run(path: Path) -> bool:
     return path.name.startswith(("run-", "offline-run-")) and _is_folder(path)
+
+
+def _is_temporary(path: Path) -> bool:
+    return re.fullmatch(r"\..+\.\d+", path.name) is not None  # as `write_atomically` names them
 
 
 def _is_old(path: Path) -> bool:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from eva import data, evaluation, figures, hardware, inspection, loaders, lr_range, models, policies
+from eva import data, evaluation, hardware, loaders, lr_range, models, policies
 from eva.batched import require_batched
 from eva.checkpoints import BEST, load_weights
 from eva.config import Failure, Layer, RunConfig, Terminated, UserError, collected, to_dict
@@ -46,6 +47,9 @@ from eva.run_folder import (
 from eva.schedules import Rates, build_schedule
 from eva.tracker import Tracker, WandbTracker, choose_mode, parts_of, under_agent, wandb_root
 from eva.trial import Trial, current_trial
+
+# Functions that draw import `figures` and `inspection` themselves: Matplotlib and scikit-learn take more than a second,
+# which nobody should wait for before the first step.
 
 EVAL_BATCH_SIZE = 500
 MOST_DRAWN_EPOCHS = 10_000
@@ -119,7 +123,7 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
 def normalized_images(split: Split, plain: policies.Policy) -> torch.Tensor:
     """Returns images of a split, evenly chosen, as `initialize` takes them: (N, 3, H, W) float32, normalized."""
     count = min(len(split), WHITENING_IMAGES)
-    chosen = split.images[[number * len(split) // count for number in range(count)]]
+    chosen = split.images[np.arange(count) * len(split) // count]
     return torch.stack([plain(image) for image in chosen])
 
 
@@ -281,6 +285,8 @@ def show_policy(config: RunConfig) -> Result:
     Raises:
         UserError: The configuration or the data don't allow it.
     """
+    from eva import figures
+
     with open_run(config, "show_policy") as run:
         train_split = run.parts.dataset.train
         classes = run.parts.dataset.classes
@@ -300,6 +306,8 @@ def show_schedule(config: RunConfig, steps_per_epoch: int = 100) -> Path:
     Raises:
         UserError: A rate is still to be found, or the folder can't be written.
     """
+    from eva import figures
+
     if "find" in (config.lr_min, config.lr_max):
         raise UserError("--show_schedule needs numbers for lr_min and lr_max, but got find")
     if config.epochs > MOST_DRAWN_EPOCHS:
@@ -514,6 +522,8 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
     Raises:
         UserError: The curve, which is kept all the same, has no minimum that a range can be read off.
     """
+    from eva import figures
+
     print(f"range test: {config.find_lr_steps} steps from {config.find_lr_start:g} to {config.find_lr_end:g}")
     curve = lr_range.record_curve(config, run.parts.hardware, run.parts.model, run.parts.train_loader)
     rows = list(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
@@ -605,6 +615,8 @@ def test_at_the_end(training: Training, parts: Parts, folder: Path) -> dict[str,
 
 def inspect_best(config: RunConfig, model: nn.Module, run: Run) -> dict[str, Any]:
     """Evaluates the best weights as `eva evaluate` does, in `model`; returns what the summary says of it."""
+    from eva import inspection
+
     load_weights(run.folder / BEST, model)
     parts, run_id = run.parts, run.summary["wandb_id"]
     split = parts.splits[config.split]
@@ -635,6 +647,8 @@ def conclude(config: RunConfig, run: Run, model: nn.Module, *, draws: bool, eval
 
 def draw_curves(run: Run) -> dict[str, Path]:
     """Draws loss and accuracy by epoch and the learning rate by step from the run's CSV files, into figures by name."""
+    from eva import figures
+
     history = read_columns(run.folder / "history.csv", [])
     epochs = read_columns(run.folder / "epochs.csv", [])
     drawn = {}

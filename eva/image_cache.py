@@ -4,16 +4,15 @@ import errno
 import fcntl
 import hashlib
 import io
-import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import cv2
 import numpy as np
@@ -22,68 +21,123 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from eva.config import UserError
+from eva.image_files import DIGEST_SIZE, FILES_PER_TASK, ImageFiles, contents, in_order, lines
+from eva.stored_images import IMAGE_BYTES, MOMENTS_BYTES, SHAPE, Images, StoredImages, moments
+from eva.stored_images import IMAGE_SIZE as IMAGE_SIZE
 
-IMAGE_SIZE = 32
-
-# Decoded folders are kept under this version: raise it when the same files would decode to other pixels.
-CACHE_VERSION = 1
+# Decoded folders are kept under this version: raise it when the same files would decode to other pixels, or entries
+# look different.
+CACHE_VERSION = 2
 # How the name of an entry ends, and of one that is being built.
 ENTRY, PART = ".images", ".part"
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
-# The decoders behind those extensions. Pillow would otherwise try all that it has, Ghostscript's included.
+# The decoders behind the endings of images. Pillow would otherwise try all that it has, Ghostscript's included.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
+Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint32]]  # images and their moments
 
-def decoded(root: Path, paths: list[str], cache: Path, workers: int, progress: bool) -> NDArray[np.uint8]:
-    """Returns the images, (N, 32, 32, 3), from the cache when these very files were decoded before.
+
+def decoded(
+    files: ImageFiles,
+    data_dir: Path,
+    fingerprint: Callable[[Images], str],
+    workers: int,
+    progress: bool,
+) -> tuple[Images, str]:
+    """Returns the images, (N, 32, 32, 3), and their fingerprint; from the cache if these files were decoded before.
 
     The cache is keyed by the content of every file, never by its date, so that a changed file cannot bring a
     stale image; a file that changes while it is decoded is refused. Of several processes that need the same
     images one decodes them, and the others wait for it.
+
+    Args:
+        files: The image files.
+        data_dir: The folder that has the cache and the index of what files contain.
+        fingerprint: Digests all images, a sha256 (hex); it finds damage too.
+        workers: Threads that read and decode.
+        progress: Whether to show progress bars.
     """
-    bar = partial(tqdm, total=len(paths), unit="image", disable=None if progress else True)  # None: on terminals only
+    bar = partial(tqdm, total=len(files), unit="image", disable=None if progress else True)  # None: on terminals only
     with ThreadPoolExecutor(workers) as pool:
-        digests = list(bar(pool.map(partial(_digest, root), paths), "reading"))
-        facts = json.dumps([CACHE_VERSION, IMAGE_SIZE, list(zip(paths, digests, strict=True))])
-        cached = cache / f"{hashlib.sha256(facts.encode()).hexdigest()}{ENTRY}"
-        images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        if _read_cache(cached, images):
-            return images
-        # Begun before the decoding: a folder that cannot be written is told at once, not after minutes.
-        with _building(cached) as part:
-            if _read_cache(cached, images):  # another process was building it until now
-                return images
-            outcomes = list(bar(pool.map(partial(_decode_into, root), paths, digests, images), "decoding"))
-            if problems := [problem for problem in outcomes if problem]:
-                more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-                raise UserError(
-                    f"{len(problems)} unreadable image(s) in {str(root)!r}: {', '.join(problems[:3])}{more}; "
-                    "mend or remove them"
-                )
-            if part is not None:
-                _keep(part, cached, images)
-    return images
+        with bar(desc="reading") as shown:
+            digests, keep_index = contents(files, data_dir / "index", pool, 2 * workers, shown.update)
+        key = hashlib.sha256(f"{CACHE_VERSION} {IMAGE_SIZE} {len(files)}\n".encode())
+        for content in (lines(files.listing.paths), digests.data):
+            key.update(content)
+        cached = data_dir / "cache" / f"{key.hexdigest()}{ENTRY}"
+
+        def decode() -> Iterator[Block]:
+            with bar(desc="decoding") as shown:
+                yield from _decode_all(files, digests, pool, 2 * workers, shown.update)
+
+        found = _read_entry(cached, len(files), fingerprint) or _build(cached, len(files), fingerprint, decode)
+    keep_index()
+    return found
 
 
-def _digest(root: Path, path: str) -> str:
-    try:
-        return hashlib.sha256((root / path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read image {str(root / path)!r}: {error.strerror or error}") from None
+def _build(
+    cached: Path, count: int, fingerprint: Callable[[Images], str], decode: Callable[[], Iterator[Block]]
+) -> tuple[Images, str]:
+    """Returns images and fingerprint of an entry that is made, by this process or by another one meanwhile.
+
+    If the disk takes no entry, a line says so, and they are in memory: no reason to end a run.
+    """
+    # Begun before the decoding: a folder that cannot be written is told at once, not after minutes.
+    with _building(cached) as part:
+        if found := _read_entry(cached, count, fingerprint):  # another process was building it until now
+            return found
+        if part is not None:
+            try:
+                return _write_entry(part, cached, count, fingerprint, decode())
+            except OSError as error:
+                _warn_of_loss(cached, error)
+        images = np.empty((count, *SHAPE), np.uint8)
+        start = 0
+        for block, _ in decode():
+            images[start : start + len(block)] = block
+            start += len(block)
+        return images, fingerprint(images)
 
 
-def _decode_into(root: Path, path: str, digest: str, pixels: NDArray[np.uint8]) -> str | None:
-    """Decodes one image into `pixels`, (32, 32, 3); returns what is wrong with the file, if anything."""
-    try:
-        data = (root / path).read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError("changed while it was read")
-        pixels[:] = _resize(_decode(data))
-    except UnidentifiedImageError:
-        return f"{path} (not an image of a known format)"
-    except Exception as error:  # Pillow's readers raise a dozen types for a broken file
-        return f"{path} ({' '.join(str(error).split()) or type(error).__name__})"
-    return None
+def _decode_all(
+    files: ImageFiles, digests: NDArray[np.uint8], pool: Executor, ahead: int, advance: Callable[[int], object]
+) -> Iterator[Block]:
+    """Yields all images in their order, in blocks.
+
+    Raises:
+        UserError: Some of them cannot be read; after all were tried.
+    """
+    tasks = [range(start, min(start + FILES_PER_TASK, len(files))) for start in range(0, len(files), FILES_PER_TASK)]
+    problems = []
+    for images, sums, told in in_order(pool, partial(_decode_some, files, digests), tasks, ahead):
+        problems += told
+        advance(len(images))
+        yield images, sums
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{len(problems)} unreadable image(s) in {str(files.root)!r}: {', '.join(problems[:3])}{more}; "
+            "mend or remove them"
+        )
+
+
+def _decode_some(
+    files: ImageFiles, digests: NDArray[np.uint8], indices: range
+) -> tuple[NDArray[np.uint8], NDArray[np.uint32], list[str]]:
+    """Returns images, their moments, and what is wrong with files, if anything."""
+    images = np.zeros((len(indices), *SHAPE), np.uint8)
+    problems = []
+    for pixels, index in zip(images, indices, strict=True):
+        path = files.listing.paths[index]
+        try:
+            data = files.read(index)
+            if hashlib.sha256(data).digest() != digests[index].tobytes():
+                raise ValueError("changed while it was read")
+            pixels[:] = _resize(_decode(data))
+        except UnidentifiedImageError:
+            problems.append(f"{path} (not an image of a known format)")
+        except Exception as error:  # Pillow's readers raise a dozen types for a broken file
+            problems.append(f"{path} ({' '.join(str(error).split()) or type(error).__name__})")
+    return images, moments(images), problems
 
 
 def _decode(data: bytes) -> NDArray[np.uint8]:
@@ -95,56 +149,81 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
     if not data:
         raise ValueError("empty file")
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
+        ImageOps.exif_transpose(opened, in_place=True)
+        image: Image.Image = opened
         if image.mode.startswith(("I", "F")):
             # Pillow would clip those to 255 instead of scaling them.
             raise ValueError(f"more than 8 bits a channel, Pillow mode {image.mode!r}")
         if image.mode == "P":
             image = image.convert("RGBA")  # by way of RGBA, or Pillow warns about transparent palettes
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _resize(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Returns the image at 32x32: first the sides that shrink (by area), then those that grow (cubic)."""
     height, width = image.shape[:2]
+    if (height, width) == (IMAGE_SIZE, IMAGE_SIZE):
+        return image
     size = (min(width, IMAGE_SIZE), min(height, IMAGE_SIZE))
     shrunk = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(shrunk, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
-# An entry of the cache is a digest, then the pixels as they lie in memory. The digest covers the entry's name too,
-# so that neither damage nor two entries that changed places bring wrong images.
+# An entry of the cache has the pixels as they lie in memory, the images' moments, the fingerprint, and a digest of the
+# latter two and of the entry's name. Whoever opens it computes the fingerprint from the pixels, so that neither damage
+# nor two entries that changed places bring wrong images: one pass serves for both.
 
 
-def _seal(cached: Path, images: NDArray[np.uint8]) -> bytes:
-    digest = hashlib.sha256(cached.name.encode())
-    digest.update(images.data)
-    return digest.digest()
-
-
-def _read_cache(cached: Path, images: NDArray[np.uint8]) -> bool:
-    """Fills `images` from the cache; returns whether it was there and intact."""
+def _read_entry(cached: Path, count: int, fingerprint: Callable[[Images], str]) -> tuple[Images, str] | None:
+    """Returns images and fingerprint of an entry that is there and intact."""
     try:
+        if cached.stat().st_size != count * (IMAGE_BYTES + MOMENTS_BYTES) + 2 * DIGEST_SIZE:
+            return None
+        images = StoredImages.open(cached, count)
         with cached.open("rb") as file:
-            seal = file.read(hashlib.sha256().digest_size)
-            whole = file.readinto(images.data) == images.nbytes and not file.read(1)
-    except OSError:
-        return False
-    return whole and seal == _seal(cached, images)
+            file.seek(-2 * DIGEST_SIZE, os.SEEK_END)
+            said, seal = file.read(DIGEST_SIZE), file.read()
+    except (OSError, ValueError):
+        return None
+    if seal != _seal(cached, images.moments(), said) or said.hex() != fingerprint(images):
+        return None
+    return images, said.hex()
 
 
-def _keep(part: io.FileIO, cached: Path, images: NDArray[np.uint8]) -> None:
-    """Makes a cache entry of `images`. If that fails, a line says so: images in memory are no reason to end a run."""
-    try:
-        part.truncate(0)  # who held it before may have been killed while it wrote
-        for content in (_seal(cached, images), images.data.cast("B")):
-            rest = memoryview(content)
-            while rest:  # a nearly full disk takes a part, and fails at the next one
-                rest = rest[part.write(rest) :]
-        os.fsync(part.fileno())
-        os.replace(str(part.name), cached)
-    except OSError as error:
-        _warn_of_loss(cached, error)
+def _write_entry(
+    part: io.FileIO, cached: Path, count: int, fingerprint: Callable[[Images], str], blocks: Iterable[Block]
+) -> tuple[Images, str]:
+    """Makes a cache entry of the images that come in blocks.
+
+    Raises:
+        OSError: The disk doesn't take it.
+    """
+    part.truncate(0)  # who held it before may have been killed while it wrote
+    sums = []
+    for images, sum_ in blocks:
+        _write(part, images.data)
+        sums.append(sum_)
+    found = np.concatenate(sums)
+    _write(part, found.data)
+    written = StoredImages.open(Path(str(part.name)), count)
+    said = fingerprint(written)
+    _write(part, memoryview(bytes.fromhex(said) + _seal(cached, found, bytes.fromhex(said))))
+    os.fsync(part.fileno())
+    os.replace(str(part.name), cached)
+    return StoredImages.open(cached, count), said
+
+
+def _write(part: io.FileIO, content: memoryview) -> None:
+    rest = content.cast("B")
+    while rest:  # a nearly full disk takes a part, and fails at the next one
+        rest = rest[part.write(rest) :]
+
+
+def _seal(cached: Path, sums: NDArray[np.uint32], fingerprint: bytes) -> bytes:
+    digest = hashlib.sha256(cached.name.encode())
+    digest.update(sums.data)
+    digest.update(fingerprint)
+    return digest.digest()
 
 
 def _warn_of_loss(cached: Path, error: OSError) -> None:

@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_curve
 from torch import Tensor, nn
 
 from eva import figures, galleries
@@ -197,6 +196,8 @@ def chosen_lines(inspection: Inspection) -> list[int]:
 
 def precisions(predictions: Predictions, label: int) -> list[float]:
     """Returns one class against the rest: the best precision at each recall of RECALLS or above it."""
+    from sklearn.metrics import precision_recall_curve
+
     scores = np.nan_to_num(predictions.probabilities[:, label])
     precision, recall, _ = precision_recall_curve(predictions.labels == label, scores)
     precision, recall = precision[:-1], recall[:-1]  # the last point, precision 1 at recall 0, is made up

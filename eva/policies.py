@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
 from eva.config import UserError, read_text, read_yaml, unknown_name
+from eva.stored_images import Images
 
 SIZE = 32  # height and width of every image that a policy returns, in pixels
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -357,7 +358,7 @@ def _check_output(source: str, policy: Policy) -> None:
 
 
 def gallery(
-    images: np.ndarray,
+    images: Images,
     labels: np.ndarray,
     classes: Sequence[str],
     policy: Policy,

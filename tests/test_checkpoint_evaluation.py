@@ -60,7 +60,7 @@ class Trained:
         model = build_model(self.facts["config"]["model"], num_classes=3).eval()
         model.load_state_dict(load_file(self.folder / "best.safetensors"))
         train, _ = hold_out(self.data.train, 0.25, 3)
-        seen = train.images.astype(np.float64) / 255
+        seen = train.as_array().astype(np.float64) / 255
         scaled = (images / 255 - seen.mean((0, 1, 2))) / seen.std((0, 1, 2))
         with torch.no_grad():
             logits: Tensor = model(torch.from_numpy(scaled.astype(np.float32).transpose(0, 3, 1, 2)))
@@ -114,7 +114,7 @@ def test_a_run_is_evaluated_where_it_lies_and_nothing_else_of_it_changes(
     assert capsys.readouterr().err == ""
     theirs, ours = (Predictions.load(folder / "predictions.npz") for folder in (trained.folder, run))
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-5)
-    np.testing.assert_allclose(ours.logits, trained.logits(trained.data.test.images), atol=1e-4)
+    np.testing.assert_allclose(ours.logits, trained.logits(trained.data.test.as_array()), atol=1e-4)
     assert ours.ids.tolist() == theirs.ids.tolist() == trained.data.test.ids.tolist()
     assert ours.maps is not None and theirs.maps is not None
     np.testing.assert_allclose(ours.maps, theirs.maps, atol=1e-5)
@@ -162,7 +162,7 @@ def test_a_run_of_which_half_is_evaluated_has_the_numbers_of_that_half(
     said = Predictions.load(run / "predictions.npz")
     _, val = hold_out(trained.data.train, 0.25, 3)
     assert said.split == "val" and said.ids.tolist() == val.ids.tolist() and len(val) == 9
-    both = trained.logits(val.images), trained.logits(val.images[:, :, ::-1])
+    both = trained.logits(val.as_array()), trained.logits(val.as_array()[:, :, ::-1])
     np.testing.assert_allclose(said.logits, (both[0] + both[1]) / 2, atol=1e-4)
     assert np.abs(both[0] - both[1]).max() > 1e-3
     assert "evaluated on val: accuracy " in (out := capsys.readouterr().out) and ", with flips" in out
@@ -189,7 +189,7 @@ def test_a_checkpoint_is_evaluated_anywhere_into_a_new_run_folder(
     assert main(["evaluate", path.name, "--tracking=disabled", "--gallery_size=0"]) == 0
     (folder,) = (workplace / "runs").iterdir()
     said = Predictions.load(folder / "predictions.npz")
-    np.testing.assert_allclose(said.logits, trained.logits(trained.data.test.images), atol=1e-4)
+    np.testing.assert_allclose(said.logits, trained.logits(trained.data.test.as_array()), atol=1e-4)
     summary = read_json(folder / "summary.json")
     assert (summary["job"], summary["status"], summary["wandb_id"]) == ("evaluate", "finished", folder.name)
     assert summary["evaluation"]["accuracy"] == np.mean(said.predicted == trained.data.test.labels)
@@ -222,11 +222,11 @@ def test_other_data_are_normalized_as_the_train_data_were_and_it_is_said(
     assert note in capsys.readouterr().out.splitlines()
     other = load_dataset(data, workplace)
     said = Predictions.load(Path("out/predictions.npz"))
-    np.testing.assert_allclose(said.logits, trained.logits(other.test.images), atol=1e-4)
+    np.testing.assert_allclose(said.logits, trained.logits(other.test.as_array()), atol=1e-4)
     assert said.fingerprint == other.fingerprint != trained.data.fingerprint
     assert read_json(Path("out/summary.json"))["evaluation"]["data_fingerprint"] == other.fingerprint
     # Two thirds of a deviation brighter: with statistics of its own, these would be other numbers.
-    assert other.test.images.mean() > trained.data.test.images.mean() + 30
+    assert other.test.as_array().mean() > trained.data.test.as_array().mean() + 30
 
 
 def test_other_classes_are_refused(trained: Trained, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,11 +303,15 @@ def test_of_the_cache_of_images_all_can_go_but_what_is_being_built() -> None:
     long_ago = time.time() - 3 * 24 * 3600
     os.utime(cache / ".old.tmp", (long_ago, long_ago))
     os.utime(cache / "built.part", (long_ago, long_ago))
+    index = Path("data/index")
+    for name in ("0.index", ".0.index.17", ".1.index.18"):
+        fill(index / name)
+    os.utime(index / ".0.index.17", (long_ago, long_ago))
     with open(cache / "built.part", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         found = look()
-    assert set(found.can_go(disk.DECODED)) == {cache / "0.images", cache / "1.npz"}
-    assert set(found.can_go(disk.LEFTOVERS)) == {cache / "killed.part", cache / ".old.tmp"}
+    assert set(found.can_go(disk.DECODED)) == {cache / "0.images", cache / "1.npz", index / "0.index"}
+    assert set(found.can_go(disk.LEFTOVERS)) == {cache / "killed.part", cache / ".old.tmp", index / ".0.index.17"}
 
 
 def test_a_temporary_file_can_go_when_it_is_old(tmp_path: Path) -> None:

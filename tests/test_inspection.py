@@ -129,8 +129,8 @@ def answers(offline_run: OfflineRun, digits: Dataset) -> NDArray[np.float32]:
     model = build_model(read_yaml(offline_run.folder / "config.yaml")["model"], num_classes=10).eval()
     model.load_state_dict(load_file(offline_run.folder / "best.safetensors"))
     train, _ = hold_out(digits.train, 0.1, 10)
-    seen = train.images.astype(np.float64) / 255
-    images = (digits.test.images / 255 - seen.mean((0, 1, 2))) / seen.std((0, 1, 2))
+    seen = train.as_array().astype(np.float64) / 255
+    images = (digits.test.as_array() / 255 - seen.mean((0, 1, 2))) / seen.std((0, 1, 2))
     with torch.no_grad():
         logits: Tensor = model(torch.from_numpy(images.astype(np.float32).transpose(0, 3, 1, 2)))
     return logits.numpy()
@@ -685,7 +685,7 @@ def test_with_flips_the_galleries_tell_the_mean(tmp_path: Path) -> None:
     # The model knows an image by its upper left pixel: mirrored, it is the one of its upper right pixel.
     logits, labels = one_hot([0, 1, 1, 0], 2), np.array([0, 1, 0, 1])
     plain, flipped = made(logits, labels, gallery_size=0), None
-    corners = plain.split.images[:, 0, 31, 0]
+    corners = plain.split.as_array()[:, 0, 31, 0]
     table = np.zeros((256, 2), np.float32)
     table[:4], table[corners] = logits, [10, 0]
     torch.manual_seed(0)

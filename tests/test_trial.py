@@ -142,7 +142,7 @@ def test_a_trial_with_a_state_goes_on_with_the_configuration_that_it_began_with(
 def test_trials_of_a_process_share_their_data_and_change_nothing_in_them(tmp_path: Path) -> None:
     """The second one loads nothing; what they train on is what a run alone trains on."""
     alone = build(make_config())
-    before = [split.images.copy() for split in alone.splits.values()]
+    before = [split.as_array().copy() for split in alone.splits.values()]
     split_once.cache_clear()
     shared = []
     for number, seed in enumerate((0, 1)):
