@@ -12,7 +12,8 @@ import urllib.error
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def _load_cifar10(data_dir: Path) -> tuple[tuple[str, ...], Split, Split]:
 
     # torchvision unpickles a file only if its MD5 is right; otherwise it fetches the archive again.
     try:
-        train = CIFAR10(str(data_dir), train=True, download=True)
+        with members_stay_inside():
+            train = CIFAR10(str(data_dir), train=True, download=True)
         test = CIFAR10(str(data_dir), train=False)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
@@ -164,6 +166,17 @@ def _load_cifar10(data_dir: Path) -> tuple[tuple[str, ...], Split, Split]:
         _numbered("train", train.data, train.targets),
         _numbered("test", test.data, test.targets),
     )
+
+
+@contextmanager
+def members_stay_inside() -> Iterator[None]:
+    """Makes `tarfile` refuse members that would leave the folder (PEP 706): torchvision before 0.29.2 does not ask."""
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def _load_digits() -> tuple[tuple[str, ...], Split, Split]:

@@ -66,7 +66,7 @@ def test_an_array_that_says_it_is_larger_than_memory_is_told(tmp_path: Path, sha
 def test_a_member_of_cifar10s_archive_cannot_leave_its_folder(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even of an archive with the right checksum: torchvision extracts with the filter for data (PEP 706)."""
+    """Not even of an archive with the right checksum: the filter for data (PEP 706) is asked for."""
     outside, data = tmp_path / "outside", tmp_path / "data"
     data.mkdir()
     outside.write_text("kept")
