@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from eva.config import UserError
 from eva.data import Split
+from eva.distributed import ALONE, World
 
 # How often workers may die over one batch.
 MOST_DEATHS = 3
@@ -61,13 +62,14 @@ class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     The last batch may be smaller; one of a single image is dropped (unless all are), as batch normalization
     cannot normalize one value. Each iteration covers one epoch from `start_batch`, then `next_epoch` is the
-    following one.
+    following one. Of each batch only what this process of the world takes is delivered.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, world: World = ALONE) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
+        self.world = world
         self.next_epoch = 0
         self.start_batch = 0
 
@@ -87,7 +89,8 @@ class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         self.next_epoch, self.start_batch = epoch + 1, 0
         order = np.random.default_rng([ORDER_STREAM, self.seed, epoch]).permutation(self.num_images).tolist()
         for start in range(start_batch * self.batch_size, self.images_per_epoch, self.batch_size):
-            yield [(epoch, index) for index in order[start : min(start + self.batch_size, self.images_per_epoch)]]
+            batch = order[start : min(start + self.batch_size, self.images_per_epoch)]
+            yield [(epoch, index) for index in self.world.take(batch)]
 
 
 class TrainLoader:
@@ -138,7 +141,9 @@ class TrainLoader:
         self._batches.next_epoch, self._batches.start_batch = epoch, start_batch
 
 
-def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, workers: int | None) -> TrainLoader:
+def train_loader(
+    split: Split, policy: Policy, batch_size: int, seed: int, workers: int | None, world: World = ALONE
+) -> TrainLoader:
     """Returns shuffled, augmented batches.
 
     Args:
@@ -149,6 +154,7 @@ def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, worke
         seed: Seed of the order and of the augmentation, not negative.
         workers: Processes that apply the policy, 0 for none; None for 0 on a CPU (they would only take cores
             from the network) and up to 8 beside a GPU.
+        world: The processes that share each batch.
 
     Raises:
         UserError: `batch_size` is not between 1 and the number of images.
@@ -158,15 +164,15 @@ def train_loader(split: Split, policy: Policy, batch_size: int, seed: int, worke
             f"batch_size must be between 1 and the number of train images, but got {batch_size=} "
             f"with {len(split)} train images"
         )
-    batches = ShuffledBatches(len(split), batch_size, seed)
+    batches = ShuffledBatches(len(split), batch_size, seed, world)
     return TrainLoader(PolicyImages(split, policy, seed), batches, _num_workers(workers))
 
 
 class EvalLoader:
     """All images in their order, once in each iteration; see `eval_loader`."""
 
-    def __init__(self, images: PolicyImages, batch_size: int, workers: int) -> None:
-        self._keys = [(0, index) for index in range(len(images))]
+    def __init__(self, images: PolicyImages, batch_size: int, workers: int, world: World = ALONE) -> None:
+        self._keys = [(0, index) for index in world.share(len(images))]
         self._batch_size = batch_size
         self._make = partial(_data_loader, images, workers, batch_size=batch_size)
         self._loader = self._make(sampler=self._keys)
@@ -184,7 +190,7 @@ class EvalLoader:
         return iter(self._make(sampler=self._keys[batch * self._batch_size :]) if batch else self._loader)
 
 
-def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | None) -> EvalLoader:
+def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | None, world: World = ALONE) -> EvalLoader:
     """Returns a loader of all images in their order, without draws: float32 (B, 3, 32, 32) and int64 (B,).
 
     Args:
@@ -192,8 +198,9 @@ def eval_loader(split: Split, policy: Policy, batch_size: int, workers: int | No
         policy: Called with None for the draw.
         batch_size: Images per batch; the last one may be smaller.
         workers: As for `train_loader`.
+        world: The processes that share the images: each has other ones, and together they have all, once.
     """
-    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers))
+    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers), world)
 
 
 def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Iterator[Batch]:

@@ -52,18 +52,22 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> N
             group["momentum"] = momentum
 
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[..., Tensor]
 
 
 def build_criterion(config: RunConfig, model: nn.Module) -> Criterion:
     """Returns the training loss: mean cross-entropy with label smoothing, plus `l1` times the sum of |weights|.
 
-    It takes logits (B, K), of any float type, and labels (B,) int64, and returns a float32 scalar.
+    It takes logits (B, K), of any float type, labels (B,) int64, and, where these are a share of a batch, what their
+    summed cross-entropy is multiplied by instead of being their mean; it returns a float32 scalar.
     """
     decayed, _ = decayed_parameters(model, config.decay_norm_and_bias)
 
-    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    def criterion(logits: Tensor, labels: Tensor, factor: float | None = None) -> Tensor:
+        reduction = "mean" if factor is None else "sum"
+        loss = F.cross_entropy(logits.float(), labels, reduction=reduction, label_smoothing=config.label_smoothing)
+        if factor is not None:
+            loss = loss * factor
         if config.l1 > 0:
             loss = loss + config.l1 * torch.stack([parameter.abs().sum() for parameter in decayed]).sum()
         return loss
