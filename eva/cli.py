@@ -75,8 +75,11 @@ def help_first(world: "World") -> int:
     """Helps the first process of several, in silence, and returns its exit code."""
     from eva.experiment import help_train
 
-    with sigterm_as_ctrl_c(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return help_train(world)
+    try:
+        with sigterm_as_ctrl_c(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return help_train(world)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def run_command(argv: Sequence[str] | None) -> int:

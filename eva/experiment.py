@@ -24,7 +24,6 @@ from eva import data, evaluation, figures, hardware, inspection, loaders, lr_ran
 from eva.checkpoints import BEST, load_weights
 from eva.config import (
     EXIT_FAILURE,
-    EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     Failure,
     Layer,
@@ -265,8 +264,6 @@ def help_train(world: World) -> int:
     except UserError as error:
         world.tell_error(error, "mistake")
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except Exception as error:
         if is_loss(error):
             return world.end(END_SECONDS)
