@@ -103,7 +103,7 @@ class World:
 
         Returns:
             What the sum over the images that count is multiplied by, so that its mean over the processes is the mean
-            over the batch; None if the mean over the images does as well, as all processes have as many.
+            over the batch; None if the mean over the images does as well: all count, and all processes have as many.
         """
         global _counted
         _counted = None
@@ -111,7 +111,7 @@ class World:
             return None
         entropy = np.random.SeedSequence([STEP_STREAM, seed, self.rank, step])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        if batch_size % self.size == 0:
+        if batch_size % self.size == 0 and batch_size >= 2 * self.size:
             return None
         _counted = len(self.share(batch_size))
         return self.size / batch_size

@@ -38,17 +38,18 @@ CASES = {
     "equal shares": Case({"batch_size": 20, "policy": "crop_flip_cutout"}),
     "uneven shares": Case({"batch_size": 21}),
     "a last batch of two images": Case({"batch_size": 17}),
-    "batches of one image": Case({"batch_size": 1, "epochs": 1, "lr_max": 0.01}, images=8),
+    "batches of one image": Case({"batch_size": 1, "epochs": 1, "lr_max": 0.01}, images=10),
     "synchronized": Case({"batch_size": 21, "sync_batchnorm": True}, norm="batch"),
     "synchronized, batches of one image": Case(
-        {"batch_size": 1, "epochs": 1, "lr_max": 0.01, "sync_batchnorm": True}, images=8, norm="batch"
+        {"batch_size": 1, "epochs": 1, "lr_max": 0.01, "sync_batchnorm": True}, images=10, norm="batch"
     ),
-    "ghost norm": Case({"batch_size": 20, "ghost_splits": 4}, norm="ghost"),
+    "ghost norm": Case({"batch_size": 20, "ghost_splits": 4}, images=80, norm="ghost"),
     "penalties": Case({"batch_size": 21, "l1": 1e-3, "label_smoothing": 0.1, "grad_clip": 0.5, "ema_decay": 0.7}),
     "adamw": Case({"batch_size": 21, "optimizer": "adamw", "lr_max": 1e-3, "grad_clip": 0.01}),
     "plateau": Case({"batch_size": 20, "schedule": "plateau", "patience": 1, "epochs": 4, "lr_min": 1e-4}),
 }
 DROPOUT = Case({"batch_size": 21, "dropout": 0.3, "epochs": 3})
+APART = Case({"batch_size": 21}, norm="batch")
 RESUMED = CASES["uneven shares"]
 STOP_AT = 3
 WATCHED = 39
@@ -66,7 +67,7 @@ def make_network(config: RunConfig, norm: str, world: World) -> nn.Module:
 
 
 def make_loaders(case: Case, world: World) -> tuple[RunConfig, TrainLoader, EvalLoader]:
-    config = make_config(**{"lr_max": 0.02, **case.settings})
+    config = make_config(**{"lr_max": 0.02, "lr_min": 1e-4, **case.settings})
     train, test = digits(case.images)
     statistics = channel_statistics(train.images)
     policy, plain = build_policy(config.policy, *statistics), build_policy("test", *statistics)
@@ -101,6 +102,7 @@ def main(folder: Path) -> None:
     with world.joined(torch.device("cpu")):
         for name, case in CASES.items():
             trained(folder / name, case, world)
+        trained(folder / "apart", APART, world)
         trained(folder / "dropout", DROPOUT, world)
         told["stopped"] = trained(folder / "dropout, resumed", DROPOUT, world, stop_at=STOP_AT, stopper=world.size - 1)
         told["resumed"] = trained(folder / "dropout, resumed", DROPOUT, world, resume=True)

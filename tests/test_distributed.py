@@ -1,26 +1,30 @@
 """Trainings in two processes, started by torchrun, against the same in one; and what ends them."""
 
-import csv
 import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import BIN, SMALL_RUN, flags, inspect
-from distributed_cases import CASES, RESUMED, STOP_AT, WATCHED, make_loaders, make_network, trained
+import yaml
+from conftest import BIN, SMALL_RUN, flags
+from distributed_cases import APART, CASES, RESUMED, STOP_AT, WATCHED, make_loaders, make_network, trained
+from loopback import LoopbackServer
+from loopback_client import begin_search
 from safetensors.torch import load_file
 from test_loop import FP32
 from test_resume import rows_of
 
 from eva import cli
 from eva.distributed import ALONE, World
+from eva.evaluation import evaluate
 from eva.lr_range import record_curve
 
 TESTS = Path(__file__).parent
@@ -40,12 +44,9 @@ def torchrun(*arguments: object, processes: int = 2) -> list[str]:
     return [str(BIN / "torchrun"), f"--nproc_per_node={processes}", *map(str, arguments)]
 
 
-def numbers(folder: Path, name: str, *columns: str) -> torch.Tensor:
+def numbers(folder: Path, name: str) -> torch.Tensor:
     """The rows of a CSV file, as far as they are no times."""
-    with open(folder / name, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    timed = ("seconds", "images_per_second", "train_epoch/seconds")
-    return torch.tensor([[float(text) for key, text in row.items() if key not in timed] for row in rows])
+    return torch.tensor([[float(text) for text in row.values()] for row in rows_of(folder / name)])
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -82,12 +83,16 @@ def test_two_processes_train_as_one_with_the_same_batches(by_two: Path, tmp_path
     assert_same_run(by_two / name, tmp_path / "one")
 
 
-def test_a_plain_batch_norm_is_that_of_each_share(by_two: Path, tmp_path: Path) -> None:
-    """Or the case above would show nothing."""
-    case = CASES["synchronized"]
-    trained(tmp_path / "one", case, ALONE)
-    apart = numbers(by_two / "ghost norm", "history.csv")[:, 2] - numbers(tmp_path / "one", "history.csv")[:8, 2]
-    assert apart.abs().max() > 0.01
+def test_batch_norm_that_is_not_synchronized_is_that_of_each_share(by_two: Path, tmp_path: Path) -> None:
+    """Or the synchronized ones would show nothing. Those of the first process are evaluated, and saved."""
+    trained(tmp_path / "one", APART, ALONE)
+    ours, theirs = (numbers(folder, "history.csv") for folder in (by_two / "apart", tmp_path / "one"))
+    assert (ours - theirs).abs().max() > 0.01
+    config, _, watched = make_loaders(APART, ALONE)
+    model = make_network(config, APART.norm, ALONE)
+    model.load_state_dict(load_file(by_two / "apart" / "best.safetensors"))
+    losses = [float(row["val/loss"]) for row in rows_of(by_two / "apart" / "epochs.csv")]
+    assert min(abs(evaluate(model, watched, FP32).loss - loss) for loss in losses) < 1e-5
 
 
 def test_what_one_process_wishes_all_do_at_the_same_batch_and_go_on_to_the_bit(by_two: Path) -> None:
@@ -201,6 +206,34 @@ def assert_gone(processes: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+# A cluster's srun on this machine: so many tasks at the same time, each as if on a node of its own.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_NODEID=$task "$@" & done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit "$code"
+"""
+
+
+def slurm_job(folder: Path, environment: Mapping[str, str], tasks: int, **programs: str) -> dict[str, str]:
+    """The environment of a job in which SLURM's commands, and other programs, are these scripts."""
+    programs = {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\n", **programs}
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return {
+        **environment,
+        "PATH": os.pathsep.join([str(folder / "bin"), str(BIN), environment["PATH"]]),
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "MASTER_PORT": str(port)},
+        **{"SLURM_NTASKS": str(tasks), "SLURM_NNODES": str(tasks)},
+    }
+
+
 def test_sigterm_of_torchrun_saves_once_and_one_process_goes_on(
     tmp_path: Path, clean_environment: dict[str, str], by_one: Path
 ) -> None:
@@ -234,9 +267,11 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     assert f"go on with: eva train --resume {folder}" in stdout
     assert_gone(list(started.values()))
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
-    command = torchrun(ROOT / "runners" / "train.py", f"--resume={folder}")
-    done = subprocess.run(command, env=clean_environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    job = slurm_job(tmp_path, clean_environment, tasks=2)
+    command = [str(ROOT / "runners" / "slurm_train.sh"), f"--resume={folder}"]
+    done = subprocess.run(command, env=job, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("status: finished") == 1
     assert_same_run(folder, by_one)
 
 
@@ -248,3 +283,63 @@ def test_a_mistake_is_told_once_with_its_exit_code(tmp_path: Path, clean_environ
     ]
     assert done.stderr.count("crop_flop") == 1 and "exitcode  : 2 " in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_agent_trains_in_two_processes_and_the_server_has_one_run_with_each_row_once(
+    tmp_path: Path, clean_environment: dict[str, str], loopback: LoopbackServer, by_one: Path
+) -> None:
+    settings = {**RUN, "tracking": "auto"}
+    search = begin_search(
+        loopback,
+        tmp_path,
+        clean_environment,
+        [settings],
+        **{"project": "processes", "program": str(ROOT / "runners" / "train.py"), "method": "random"},
+        command=["${env}", "torchrun", "--nproc_per_node=2", "${program}", "${args}"],
+        parameters={name: {"value": value} for name, value in settings.items()},
+    )
+    agent = search.start_agent("--count=1")
+    assert agent.process.wait(300) == 0, agent.said
+    [run_id] = os.listdir(tmp_path / "runs")
+    folder = tmp_path / "runs" / run_id
+    assert_same_run(folder, by_one)
+    [run] = [run for key, run in loopback.runs.items() if key[1] == "processes"]
+    assert (run.exit_code, run.summary["status"]) == (0, "finished")
+    assert [row["trainer/step"] for row in run.history if "train/loss" in row] == list(range(32))
+    assert [row["epoch"] for row in run.history if "val/loss" in row] == list(range(1, 9))
+    summary = search.summary(run_id)
+    shared = {name: summary["hardware"][name] for name in ("processes", "batch_size_per_process")}
+    assert shared == {"processes": 2, "batch_size_per_process": 7}
+    alone = json.loads((by_one / "summary.json").read_text())
+    assert summary["test_accuracy_best"] == pytest.approx(alone["test_accuracy_best"], abs=0.01)
+    assert agent.said.count("status: finished") == 1
+
+
+SWEEP = {
+    **{"program": "runners/train.py", "method": "grid", "metric": {"name": "val/accuracy_best", "goal": "maximize"}},
+    "parameters": {
+        **{name: {"value": value} for name, value in {**SMALL_RUN, "epochs": 1, "schedule": "constant"}.items()},
+        "seed": {"values": [0, 1, 2, 3]},
+    },
+}
+
+
+def test_tasks_of_a_slurm_job_share_a_sweep(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    job = slurm_job(tmp_path, clean_environment, tasks=2)
+    command = [str(ROOT / "runners" / "slurm_sweep.sh"), "sweep.yaml"]
+    arguments = ["--storage=journal.log", "--name=shared", "--skip_check"]
+    done = subprocess.run([*command, *arguments], env=job, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / "sweeps-out" / f"7-{task}" for task in range(2)]
+    trials = [path.name for folder in folders for path in (folder / "trials").iterdir() if path.is_dir()]
+    assert sorted(trials) == [f"trial-{number:04}" for number in range(4)]
+
+
+def test_tasks_of_a_slurm_job_are_agents_of_a_sweep(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    wandb = '#!/bin/sh\necho "$@" > "agent-$SLURM_PROCID"\n'
+    job = slurm_job(tmp_path, clean_environment, tasks=3, wandb=wandb)
+    command = [str(ROOT / "runners" / "slurm_sweep.sh"), "entity/project/sweep", "--count=5"]
+    subprocess.run(command, env=job, cwd=tmp_path, check=True, timeout=60)
+    said = [(tmp_path / f"agent-{task}").read_text() for task in range(3)]
+    assert said == ["agent --count=5 entity/project/sweep\n"] * 3
