@@ -53,8 +53,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             unbiased = var64 * (count / (count - 1).clamp(min=1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * (var64 + self.eps).rsqrt().float()
-        shift = self.bias - mean64.float() * scale
-        normalized: Tensor = input.float() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        # The mean comes off first, as a large one times the scale would lose digits.
+        centred = input.float() - mean64.float().view(-1, 1, 1)
+        normalized: Tensor = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return normalized.to(input.dtype)
 
 

@@ -32,12 +32,13 @@ ROOT = TESTS.parent
 # The same sums in another order: rounding, amplified over some ten steps.
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
-# Some ten seconds in two processes.
+# Of a network that is no chaos, as shufflenet is: there a step makes a rounding error ten times as large.
 RUN: dict[str, Any] = {
     **SMALL_RUN,
-    **{"train_limit": 50, "batch_size": 13, "epochs": 8, "schedule": "constant", "lr_max": 0.01, "lr_min": 0.0},
-    **{"sync_batchnorm": True, "tracking": "disabled", "save_steps": 5},
+    **{"model": "resnet9", "norm": "layer", "train_limit": 50, "batch_size": 13, "epochs": 5, "val_fraction": 0.1},
+    **{"schedule": "constant", "lr_max": 0.002, "lr_min": 0.0, "tracking": "disabled", "save_steps": 5},
 }
+STEPS = 20
 
 
 def torchrun(*arguments: object, processes: int = 2) -> list[str]:
@@ -49,10 +50,10 @@ def numbers(folder: Path, name: str) -> torch.Tensor:
     return torch.tensor([[float(text) for text in row.values()] for row in rows_of(folder / name)])
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
+def assert_same_run(ours: Path, theirs: Path, **tolerances: float) -> None:
     """Asserts that two runs have the same losses, accuracies and rates, and the same best weights."""
     for name in ("history.csv", "epochs.csv"):
-        close(numbers(ours, name), numbers(theirs, name))
+        close(numbers(ours, name), numbers(theirs, name), **tolerances)
     weights, others = (load_file(folder / "best.safetensors") for folder in (ours, theirs))
     assert weights.keys() == others.keys()
     for name in weights:
@@ -80,7 +81,10 @@ def told_by(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_with_the_same_batches(by_two: Path, tmp_path: Path, name: str) -> None:
     trained(tmp_path / "one", CASES[name], ALONE)
-    assert_same_run(by_two / name, tmp_path / "one")
+    if CASES[name].norm == "ghost":  # its running statistics are those of the first process's slices
+        close(numbers(by_two / name, "history.csv"), numbers(tmp_path / "one", "history.csv"))
+    else:
+        assert_same_run(by_two / name, tmp_path / "one")
 
 
 def test_batch_norm_that_is_not_synchronized_is_that_of_each_share(by_two: Path, tmp_path: Path) -> None:
@@ -248,9 +252,9 @@ def test_sigterm_of_torchrun_saves_once_and_one_process_goes_on(
     assert len(started) == 2
     assert_gone(list(started.values()))
     steps = len(rows_of(folder / "history.csv"))
-    assert json.loads((folder / "summary.json").read_text())["steps"] == steps < 32
+    assert json.loads((folder / "summary.json").read_text())["steps"] == steps < STEPS
     assert cli.main(["train", f"--resume={folder}"]) == 0
-    assert_same_run(folder, by_one)
+    assert_same_run(folder, by_one, rtol=1e-3)
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
@@ -272,7 +276,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     done = subprocess.run(command, env=job, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("status: finished") == 1
-    assert_same_run(folder, by_one)
+    assert_same_run(folder, by_one, rtol=1e-3)
 
 
 def test_a_mistake_is_told_once_with_its_exit_code(tmp_path: Path, clean_environment: dict[str, str]) -> None:
@@ -302,11 +306,11 @@ def test_an_agent_trains_in_two_processes_and_the_server_has_one_run_with_each_r
     assert agent.process.wait(300) == 0, agent.said
     [run_id] = os.listdir(tmp_path / "runs")
     folder = tmp_path / "runs" / run_id
-    assert_same_run(folder, by_one)
+    assert_same_run(folder, by_one, rtol=1e-3)
     [run] = [run for key, run in loopback.runs.items() if key[1] == "processes"]
     assert (run.exit_code, run.summary["status"]) == (0, "finished")
-    assert [row["trainer/step"] for row in run.history if "train/loss" in row] == list(range(32))
-    assert [row["epoch"] for row in run.history if "val/loss" in row] == list(range(1, 9))
+    assert [row["trainer/step"] for row in run.history if "train/loss" in row] == list(range(STEPS))
+    assert [row["epoch"] for row in run.history if "val/loss" in row] == list(range(1, 6))
     summary = search.summary(run_id)
     shared = {name: summary["hardware"][name] for name in ("processes", "batch_size_per_process")}
     assert shared == {"processes": 2, "batch_size_per_process": 7}
@@ -316,7 +320,11 @@ def test_an_agent_trains_in_two_processes_and_the_server_has_one_run_with_each_r
 
 
 SWEEP = {
-    **{"program": "runners/train.py", "method": "grid", "metric": {"name": "val/accuracy_best", "goal": "maximize"}},
+    **{
+        "program": str(ROOT / "runners" / "train.py"),
+        "method": "grid",
+        "metric": {"name": "val/accuracy_best", "goal": "maximize"},
+    },
     "parameters": {
         **{name: {"value": value} for name, value in {**SMALL_RUN, "epochs": 1, "schedule": "constant"}.items()},
         "seed": {"values": [0, 1, 2, 3]},
