@@ -57,6 +57,7 @@ WATCHED = 39
 
 def make_network(config: RunConfig, norm: str, world: World) -> nn.Module:
     model = make_model(config)
+    assert isinstance(model, nn.Sequential)
     if norm == "ghost":
         model[1] = GhostBatchNorm2d(8, splits=config.ghost_splits // world.size)
     elif norm == "layer":

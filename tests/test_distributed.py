@@ -50,10 +50,10 @@ def numbers(folder: Path, name: str) -> torch.Tensor:
     return torch.tensor([[float(text) for text in row.values()] for row in rows_of(folder / name)])
 
 
-def assert_same_run(ours: Path, theirs: Path, **tolerances: float) -> None:
+def assert_same_run(ours: Path, theirs: Path, rtol: float = 1e-4) -> None:
     """Asserts that two runs have the same losses, accuracies and rates, and the same best weights."""
     for name in ("history.csv", "epochs.csv"):
-        close(numbers(ours, name), numbers(theirs, name), **tolerances)
+        close(numbers(ours, name), numbers(theirs, name), rtol=rtol)
     weights, others = (load_file(folder / "best.safetensors") for folder in (ours, theirs))
     assert weights.keys() == others.keys()
     for name in weights:
@@ -192,7 +192,7 @@ def begin(folder: Path, environment: Mapping[str, str], *arguments: str) -> subp
 
 def ranks(torchrun: int) -> dict[int, int]:
     """The processes that torchrun started, by rank."""
-    found = {}
+    found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
