@@ -361,3 +361,19 @@ class Saver:
         self._buffers.give_back(copied)
         self._ended = time.monotonic()
         self._seconds = self._ended - started
+
+
+class SilentSaver(Saver):
+    """That of a process beside the one that writes: it keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), (), (), None)
+
+    def idle_seconds(self) -> float:
+        return 0.0
+
+    def keep_best(self, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        pass
+
+    def save(self, state: Mapping[str, Any] | None) -> None:
+        pass

@@ -10,11 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eva import __version__, recipes
 from eva.config import (
     EVALUATION_SETTINGS,
+    EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     FIELDS,
@@ -33,7 +34,9 @@ from eva.recipes import RECIPES, recipe_layer
 from eva.run_folder import read_config
 
 TTA_TOLD = {"flip": ", with flips", "flip_shift": ", with flips and shifts"}
-EXIT_FAILURE = 1  # a bug's, or a check of `eva doctor` that failed
+if TYPE_CHECKING:
+    from eva.distributed import World
+
 EXIT_BROKEN_PIPE = 141  # as shells report a program that SIGPIPE ended
 
 # What may differ when a run goes on: nothing that changes what it computes.
@@ -41,7 +44,7 @@ RESUME_SETTINGS = ("data", "data_dir", "workers", "tracking", "tracking_timeout"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of eva.
+    """Runs one command of eva. Of torchrun's processes the first one does, and the others help it to train.
 
     Args:
         argv: The arguments after the program's name; those of the process if not given.
@@ -49,6 +52,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 also for a run that diverged, 2 for a mistake of the user's, 130 for an interrupted run.
     """
+    if "LOCAL_RANK" not in os.environ:
+        return run_command(argv)
+    from eva import wandb_client
+    from eva.distributed import find_world
+    from eva.trial import follow_parent
+
+    world = find_world()
+    if world.size == 1:
+        return run_command(argv)
+    follow_parent()  # torchrun may be killed, and nobody else would end its processes
+    code = EXIT_USER_ERROR  # as argparse ends the process
+    try:
+        code = run_command(argv) if world.rank == 0 else help_first(world)
+    finally:
+        wandb_client.end()  # once one has ended torchrun ends the others: the first must have nothing left to do
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if world.rank == 0:
+            world.tell_end(code)
+    return code
+
+
+def help_first(world: "World") -> int:
+    """Helps the first process of several, in silence, and returns its exit code."""
+    from eva.experiment import help_train
+
+    try:
+        with interruptible(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return help_train(world)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    """Runs one command of eva, and returns its exit code."""
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -219,8 +256,12 @@ def run_train(arguments: argparse.Namespace, unknown: Sequence[str]) -> int:
         return 0
     print_settings(config, sources)
     from eva import experiment
+    from eva.distributed import find_world
 
-    result = experiment.show_policy(config) if arguments.show_policy else experiment.train(config, resume=folder)
+    if arguments.show_policy:
+        result = experiment.show_policy(config)
+    else:
+        result = experiment.train(config, resume=folder, world=find_world())
     print_result(result)
     return exit_code(result.status)
 

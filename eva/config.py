@@ -18,7 +18,9 @@ import yaml
 MOST_BYTES = 4 * 2**20
 MOST_VALUES = 100_000
 
-# Exit codes: of a user's mistake, and as shells report a program that SIGINT ended.
+# Exit codes: of a bug, or of a check of `eva doctor` that failed; of a user's mistake; and as shells report a program
+# that SIGINT ended.
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -102,6 +104,7 @@ class RunConfig:
         "default", "first weights; identity: filters that pass maps on; whitened: the same, and a frozen first layer"
     )
     norm: Literal["batch", "ghost", "group", "layer", "instance", "none"] = option("batch", "normalization layers")
+    sync_batchnorm: bool = option(False, "in several processes: batch norm by the whole batch, not by each one's share")
     ghost_splits: int = option(4, "slices of the batch that ghost norm takes its statistics over", unit="slices")
     norm_groups: int = option(32, "channel groups of group norm", unit="groups")
     dropout: float = option(0.0, "dropout probability", unit="probability")
@@ -194,6 +197,7 @@ EVALUATION_SETTINGS = (
 
 # Settings that only some trainings read: the setting that decides, and its values with which they do.
 READ_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sync_batchnorm": ("norm", ("batch",)),
     "ghost_splits": ("norm", ("ghost",)),
     "norm_groups": ("norm", ("group",)),
     "nesterov": ("optimizer", ("sgd",)),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva.distributed import ALONE, World
 from eva.gradcam import GradCAM
 from eva.hardware import Hardware
 
@@ -26,11 +27,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardware: Hardware) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardware: Hardware, world: World = ALONE
+) -> Evaluation:
     """Returns the evaluation of a model over batches of images (B, 3, H, W) float32 and labels (B,) int64.
 
     Each image counts once, whatever the batches' sizes. The model is in eval mode meanwhile and every module
-    is left in the mode it was in; sums stay on the device until the end, so nothing waits for it in between.
+    is left in the mode it was in; sums stay on the device until the end, so nothing waits for it in between. In a world
+    of several processes each has other batches, and the evaluation is of all of them.
     """
     loss = torch.zeros((), dtype=torch.float64, device=hardware.device)
     correct = torch.zeros((), dtype=torch.int64, device=hardware.device)
@@ -43,8 +47,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], hardwar
             loss += F.cross_entropy(logits.float(), labels, reduction="sum").double()
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)
-    number = count or math.nan  # of no image there is no mean
-    return Evaluation(loss.item() / number, correct.item() / number, count)
+    sums = world.summed(torch.stack([loss, correct.double(), torch.full_like(loss, count)]))
+    total_loss, total_correct, total = sums.tolist()
+    number = total or math.nan  # of no image there is no mean
+    return Evaluation(total_loss / number, total_correct / number, int(total))
 
 
 def predict(

@@ -5,6 +5,7 @@ import csv
 import errno
 import functools
 import io
+import math
 import os
 import signal
 import sys
@@ -23,8 +24,20 @@ from torch import nn
 from eva import data, evaluation, hardware, loaders, lr_range, models, policies
 from eva.batched import require_batched
 from eva.checkpoints import BEST, load_weights
-from eva.config import Failure, Layer, RunConfig, Terminated, UserError, collected, to_dict
+from eva.config import (
+    EXIT_FAILURE,
+    EXIT_USER_ERROR,
+    Failure,
+    Layer,
+    RunConfig,
+    Terminated,
+    UserError,
+    collected,
+    resolve,
+    to_dict,
+)
 from eva.data import Dataset, Split
+from eva.distributed import ALONE, END_SECONDS, World, is_loss
 from eva.files import write_atomically, write_json
 from eva.gradcam import GradCAM
 from eva.image_cache import IMAGE_SIZE
@@ -45,6 +58,7 @@ from eva.run_folder import (
     write_config,
 )
 from eva.schedules import Rates, build_schedule
+from eva.sync_batchnorm import synchronize
 from eva.tracker import Tracker, WandbTracker, choose_mode, parts_of, under_agent, wandb_root
 from eva.trial import Trial, current_trial
 
@@ -53,6 +67,7 @@ from eva.trial import Trial, current_trial
 
 EVAL_BATCH_SIZE = 500
 MOST_DRAWN_EPOCHS = 10_000
+SAME_WISH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class Parts:
     policy: policies.Policy
     model: Any
     hardware: hardware.Hardware
+    world: World
 
 
 def check_names(config: RunConfig) -> None:
@@ -145,8 +161,10 @@ def split_data(name: str, data_dir: Path, val_fraction: float) -> tuple[Dataset,
 split_once = functools.cache(split_data)
 
 
-def build(config: RunConfig) -> Parts:
+def build(config: RunConfig, world: World = ALONE) -> Parts:
     """Loads the data and builds loaders, policy and model. Seeds python, numpy and torch on the way.
+
+    In a world of several processes the loaders of train and of the watched split have this one's share.
 
     Raises:
         UserError: The configuration names something that doesn't exist or doesn't fit.
@@ -164,31 +182,39 @@ def build(config: RunConfig) -> Parts:
     # What is evaluated only once is not worth processes of its own.
     how = chosen.device, config.augmentation
     test_loader = loaders.eval_loader(dataset.test, plain, EVAL_BATCH_SIZE, 0 if len(val) else workers, *how)
-    watched_loader = loaders.eval_loader(val, plain, EVAL_BATCH_SIZE, workers, *how) if len(val) else test_loader
+    watched_loader = test_loader
+    if len(val) or world.size > 1:
+        watched = val if len(val) else dataset.test
+        watched_loader = loaders.eval_loader(watched, plain, EVAL_BATCH_SIZE, workers, *how, world)
     hardware.seed_everything(config.seed, config.deterministic)
-    model = build_model(config, num_classes)
+    # Slices of the batch go round the processes: as many as there are in all, if that comes out even.
+    model = build_model(replace(config, ghost_splits=max(1, config.ghost_splits // world.size)), num_classes)
     initialize(model, config.init, normalized_images(train, plain))
+    if config.sync_batchnorm and world.size > 1:
+        synchronize(model)
     return Parts(
         dataset=dataset,
         splits={"train": train, "val": val, "test": dataset.test},
         mean=mean,
         std=std,
         watched="val" if len(val) else "test",
-        train_loader=loaders.train_loader(train, policy, config.batch_size, config.seed, workers, *how),
+        train_loader=loaders.train_loader(train, policy, config.batch_size, config.seed, workers, *how, world),
         watched_loader=watched_loader,
         test_loader=test_loader,
         policy=policy,
         model=model,
         hardware=chosen,
+        world=world,
     )
 
 
-def train(config: RunConfig, resume: Path | None = None) -> Result:
+def train(config: RunConfig, resume: Path | None = None, world: World = ALONE) -> Result:
     """Trains as `config` says and leaves everything in the run folder and in W&B.
 
     Args:
         config: The configuration; with `resume`, that of the run folder.
         resume: A run folder to go on in, from its saved state.
+        world: Other processes, in `help_train`, that this one, the first, trains with.
 
     Raises:
         UserError: The configuration, the data or the run folder don't allow it.
@@ -198,17 +224,21 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         config, resume = in_trial(config, trial)
     if config.wandb_dir is not None:  # it may be gone on with from elsewhere
         config = replace(config, wandb_dir=os.path.abspath(config.wandb_dir))
-    with open_run(config, "train", resume) as run:
-        config = with_rates(config, run)
+    with contextlib.ExitStack() as opened:
+        run = opened.enter_context(open_run(config, "train", resume, world=world))
+        world.tell_task({"config": to_dict(config), "resumes": resume is not None})
+        opened.enter_context(world.joined(run.parts.hardware.device))
+        config = world.from_first(with_rates(config, run))
         describe_model(run)
-        training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader))
+        training = prepare(config, run.parts.hardware, run.parts.model, len(run.parts.train_loader), world)
         training.facts = checkpoint_facts(config, run)
         if resume:
             training.load(run.folder)
         watched = run.parts.watched_loader, run.parts.watched
         ends_early = (lambda row: False) if trial is None else trial.report
-        with stop_signals() as stop_asked:
+        with stop_signals(world) as stop_asked:
             status = fit(training, run.parts.train_loader, *watched, run.folder, run.tracker, stop_asked, ends_early)
+            stop_asked.agree()
         if status == "interrupted" and stop_asked.by_agent():
             status = "stopped"
         run.summary.update(outcome(training, run.parts, status))
@@ -225,6 +255,42 @@ def train(config: RunConfig, resume: Path | None = None) -> Result:
         # Of a sweep's trials its own pictures tell more, and in less time.
         conclude(config, run, training.evaluated, draws=trial is None, evaluates=evaluates)
     return run.result()
+
+
+def help_train(world: World) -> int:
+    """Trains with the first process, which is in `train`; leaves nothing, and returns the exit code when that one ends.
+
+    Where the first process tells of a mistake, it is the one that counts: here nothing is told but a bug's traceback.
+    """
+    try:
+        task = world.task()
+        if task is None:  # there is nothing to help with
+            return world.end()
+        config, _ = resolve([Layer("the first process", task["config"])])
+        parts = build(config, world)
+        with world.joined(parts.hardware.device):
+            if "find" in (config.lr_min, config.lr_max):
+                lr_range.record_curve(config, parts.hardware, parts.model, parts.train_loader, world)
+            config = world.from_first(config)
+            training = prepare(config, parts.hardware, parts.model, len(parts.train_loader), world)
+            if task["resumes"]:
+                training.load(None)
+            with stop_signals(world) as stop_asked:
+                fit(training, parts.train_loader, parts.watched_loader, parts.watched, None, Tracker(), stop_asked)
+                stop_asked.agree()
+        return world.end()
+    except UserError as error:
+        world.tell_error(error, "mistake")
+        return EXIT_USER_ERROR
+    except Exception as error:
+        if is_loss(error):
+            return world.end(END_SECONDS)
+        if hardware.is_out_of_memory(error):
+            world.tell_error(error, "memory")
+            return EXIT_USER_ERROR
+        world.tell_error(error, "bug")
+        traceback.print_exc()
+        return EXIT_FAILURE
 
 
 def sync(folder: Path) -> Result:
@@ -347,7 +413,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_sends: bool = False) -> Iterator[Run]:
+def open_run(
+    config: RunConfig, job: str, resume: Path | None = None, *, only_sends: bool = False, world: World = ALONE
+) -> Iterator[Run]:
     """Makes the run folder, builds the parts and opens the tracker; closes it and writes summary.json at the end.
 
     What goes wrong meanwhile is noted in the summary. Out of memory, it is told and the run has ended as `oom`; of a
@@ -358,6 +426,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
         job: What the run does: W&B's job type.
         resume: The folder of a run to go on in; None for a new one.
         only_sends: Whether the run in `resume` is only opened to send W&B what it lacks; it stays what it was.
+        world: The processes that share the batches.
 
     Raises:
         UserError: The run folder, the configuration or the data don't allow it, or the disk is full. A folder made for
@@ -384,7 +453,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
         if not only_sends:
             for name in ("evaluation", "reason"):  # of weights that will change, of what went wrong before
                 before.pop(name, None)
-        parts = build(config)
+        parts = build(config, world)
         policy = parts.policy.describe()
         if resume:
             check_unchanged(resume, before, parts.dataset.fingerprint, policy)
@@ -400,7 +469,7 @@ def open_run(config: RunConfig, job: str, resume: Path | None = None, *, only_se
             "train_images": parts.train_loader.num_images,
             "parameters": models.count_parameters(parts.model),
             "selected_on": parts.watched,
-            "hardware": hardware.describe(parts.hardware),
+            "hardware": {**hardware.describe(parts.hardware), **world.describe(config.batch_size)},
             "wandb_id": run_id,
             "wandb_mode": mode,
         }
@@ -525,7 +594,8 @@ def range_test(config: RunConfig, run: Run) -> LrRange:
     from eva import figures
 
     print(f"range test: {config.find_lr_steps} steps from {config.find_lr_start:g} to {config.find_lr_end:g}")
-    curve = lr_range.record_curve(config, run.parts.hardware, run.parts.model, run.parts.train_loader)
+    parts = run.parts
+    curve = lr_range.record_curve(config, parts.hardware, parts.model, parts.train_loader, parts.world)
     rows = list(zip(curve.lrs, curve.losses, curve.smoothed, strict=True))
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("lr", "loss", "smoothed"), *rows])
@@ -664,8 +734,14 @@ def draw_curves(run: Run) -> dict[str, Path]:
 class StopSignal:
     """Whether SIGINT or SIGTERM came, and which."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
         self.number: int | None = None
+        self._world = world
+
+    def agree(self) -> None:
+        """Makes this of all processes what came to one of them."""
+        (number,) = self._world.agree(self.number or 0)
+        self.number = number or None
 
     def __call__(self) -> bool:
         return self.number is not None
@@ -676,14 +752,16 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignal]:
+def stop_signals(world: World = ALONE) -> Iterator[StopSignal]:
     """Turns the first SIGINT or SIGTERM into a wish to stop, which the yielded object tells of.
 
     A second one acts at once, as it would have without us. Outside the main thread signals can't be caught: then
     nothing is changed. Both an agent and W&B's server may tell of the same wish: under an agent, SIGTERM doesn't cut
-    off what a run does after its training.
+    off what a run does after its training. Of several processes each is told by torchrun, and some perhaps by a batch
+    system too: what comes within two seconds of the first is the same wish.
     """
-    asked = StopSignal()
+    asked = StopSignal(world)
+    told_at = -math.inf
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
@@ -699,9 +777,15 @@ def stop_signals() -> Iterator[StopSignal]:
     def ask(number: int, frame: object) -> None:
         if os.getpid() != process:  # a data worker, which ends with this process
             return
-        asked.number = number
-        restore()
-        print("stopping after this batch; once more to stop at once", flush=True)
+        nonlocal told_at
+        if asked.number is None:
+            asked.number, told_at = number, time.monotonic()
+            print("stopping after this batch; once more to stop at once", flush=True)
+            if world.size == 1:
+                restore()
+        elif time.monotonic() - told_at > SAME_WISH_SECONDS:
+            restore()
+            os.kill(process, number)
 
     for number in previous:
         signal.signal(number, ask)

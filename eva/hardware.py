@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from eva.config import RunConfig, UserError
+from eva.distributed import local_rank
 
 
 def check_torch_pair() -> None:
@@ -73,7 +74,8 @@ def choose_hardware(config: RunConfig) -> Hardware:
     """Returns the hardware that `config` asks for, with every "auto" decided.
 
     bf16 where the hardware computes in it (avx512_bf16, AMX or Arm's bf16 on a CPU; Ampere and newer GPUs), fp16 on
-    older GPUs with tensor cores, else fp32. Channels-last where convolutions run in half precision, and on CPUs.
+    older GPUs with tensor cores, else fp32. Channels-last where convolutions run in half precision, and on CPUs. Of
+    torchrun's processes each has a GPU of its own.
 
     Raises:
         UserError: The device doesn't exist here, or can't compute in the precision asked for.
@@ -92,6 +94,8 @@ def choose_hardware(config: RunConfig) -> Hardware:
 
 
 def _choose_device(name: str) -> torch.device:
+    if (rank := local_rank()) is not None and torch.cuda.is_available() and name != "cpu":
+        return _device_of_process(name, rank, int(os.environ["LOCAL_WORLD_SIZE"]))
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -103,6 +107,17 @@ def _choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, but got device={name!r}")
     return device
+
+
+def _device_of_process(name: str, rank: int, processes: int) -> torch.device:
+    if name not in ("auto", "cuda"):
+        raise UserError(f"under torchrun device must be auto, cuda or cpu, but got device={name!r}")
+    if processes > (number := torch.cuda.device_count()):
+        raise UserError(
+            f"this machine has {number} CUDA devices, but torchrun started {processes} processes on it; "
+            f"choose --nproc_per_node={number}, or device=cpu"
+        )
+    return torch.device("cuda", rank)
 
 
 def _best_precision(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from eva.batched import BatchedPolicy, Draws, batched, require_batched, take
 from eva.config import UserError
 from eva.data import Split
+from eva.distributed import ALONE, World
 from eva.image_cache import IMAGE_SIZE
 
 # How often workers may die over one batch.
@@ -75,13 +76,14 @@ class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     The last batch may be smaller; one of a single image is dropped (unless all are), as batch normalization
     cannot normalize one value. Each iteration covers one epoch from `start_batch`, then `next_epoch` is the
-    following one.
+    following one. Of each batch only what this process of the world takes is delivered.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, world: World = ALONE) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
+        self.world = world
         self.next_epoch = 0
         self.start_batch = 0
 
@@ -106,7 +108,8 @@ class ShuffledBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
         self.next_epoch, self.start_batch = epoch + 1, 0
         order = np.random.default_rng([ORDER_STREAM, self.seed, epoch]).permutation(self.num_images)
         starts = range(start_batch * self.batch_size, self.images_per_epoch, self.batch_size)
-        return [order[start : min(start + self.batch_size, self.images_per_epoch)] for start in starts]
+        whole = (order[start : min(start + self.batch_size, self.images_per_epoch)] for start in starts)
+        return [np.array(self.world.take(batch.tolist())) if self.world.size > 1 else batch for batch in whole]
 
 
 class DeviceImages:
@@ -194,19 +197,20 @@ class BatchedEpochs(torch.utils.data.IterableDataset[Batch]):
 
 
 class BatchedSplit(torch.utils.data.IterableDataset[Batch]):
-    """All images in their order through a batched policy that draws nothing."""
+    """All images in their order, or this process's share, through a batched policy that draws nothing."""
 
-    def __init__(self, images: DeviceImages, batch_size: int) -> None:
+    def __init__(self, images: DeviceImages, batch_size: int, world: World = ALONE) -> None:
         self._images = images
         self._batch_size = batch_size
+        self._own = world.share(len(images.split))
 
     def __len__(self) -> int:
-        return math.ceil(len(self._images.split) / self._batch_size)
+        return math.ceil(len(self._own) / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = np.arange(len(self._images.split))
+        order = np.array(self._own, np.int64)
         indices = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        return self._images.batches(indices, self._images.policy.draw(len(order), 0, 0))
+        return self._images.batches(indices, self._images.policy.draw(len(self._images.split), 0, 0))
 
 
 class TrainLoader:
@@ -265,6 +269,7 @@ def train_loader(
     workers: int | None,
     device: torch.device = CPU,
     augmentation: Augmentation = "auto",
+    world: World = ALONE,
 ) -> TrainLoader:
     """Returns shuffled, augmented batches.
 
@@ -279,6 +284,7 @@ def train_loader(
         device: Where batches are made, if they are as a whole; otherwise they come on the host.
         augmentation: batched makes them as a whole, albumentations image by image; auto: as a whole if the policy
             can be. One seed gives other draws of the same distribution.
+        world: The processes that share each batch.
 
     Raises:
         UserError: `batch_size` is not between 1 and the number of images, or `augmentation` is batched and the
@@ -289,7 +295,7 @@ def train_loader(
             f"batch_size must be between 1 and the number of train images, but got {batch_size=} "
             f"with {len(split)} train images"
         )
-    batches = ShuffledBatches(len(split), batch_size, seed)
+    batches = ShuffledBatches(len(split), batch_size, seed, world)
     if (whole := _batched(policy, augmentation)) is not None:
         epochs = BatchedEpochs(DeviceImages(split, whole, device), batches)
         return TrainLoader(batches, partial(_batched_loader, epochs))
@@ -300,8 +306,8 @@ def train_loader(
 class EvalLoader:
     """All images in their order, once in each iteration; see `eval_loader`."""
 
-    def __init__(self, images: PolicyImages, batch_size: int, workers: int) -> None:
-        self._keys = [(0, index) for index in range(len(images))]
+    def __init__(self, images: PolicyImages, batch_size: int, workers: int, world: World = ALONE) -> None:
+        self._keys = [(0, index) for index in world.share(len(images))]
         self._batch_size = batch_size
         self._make = partial(_data_loader, images, workers, batch_size=batch_size)
         self._loader = self._make(sampler=self._keys)
@@ -326,6 +332,7 @@ def eval_loader(
     workers: int | None,
     device: torch.device = CPU,
     augmentation: Augmentation = "auto",
+    world: World = ALONE,
 ) -> "EvalLoader | torch.utils.data.DataLoader[Batch]":
     """Returns a loader of all images in their order, without draws: float32 (B, 3, 32, 32) and int64 (B,).
 
@@ -336,10 +343,11 @@ def eval_loader(
         workers: As for `train_loader`.
         device: As for `train_loader`.
         augmentation: As for `train_loader`.
+        world: The processes that share the images: each has other ones, and together they have all, once.
     """
     if (whole := _batched(policy, augmentation)) is not None and not whole.is_random:
-        return _batched_loader(BatchedSplit(DeviceImages(split, whole, device), batch_size))
-    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers))
+        return _batched_loader(BatchedSplit(DeviceImages(split, whole, device), batch_size, world))
+    return EvalLoader(PolicyImages(split, policy, seed=None), batch_size, _num_workers(workers), world)
 
 
 def _surviving(begin: Callable[[int, bool], Iterator[Batch]], batch: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ import csv
 import heapq
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from eva.checkpoints import Best, Saver, newest_state
+from eva.checkpoints import Best, Saver, SilentSaver, newest_state
 from eva.config import RunConfig, UserError
+from eva.distributed import ALONE, World, counted
 from eva.evaluation import Evaluation, evaluate
 from eva.files import write_atomically
 from eva.hardware import Hardware, random_state, set_random_state
@@ -70,6 +72,7 @@ class Training:
     config: RunConfig
     hardware: Hardware
     model: nn.Module
+    network: nn.Module  # what is trained: the model, or what brings its gradients together with other processes'
     averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -78,6 +81,7 @@ class Training:
     progression: Progression
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint says about itself beside its metrics
     best: Best | None = None  # of a run that goes on: its best weights so far
+    world: World = ALONE
 
     @property
     def evaluated(self) -> nn.Module:
@@ -102,13 +106,15 @@ class Training:
             "progression": asdict(self.progression),
         }
 
-    def load(self, run_folder: Path) -> None:
+    def load(self, run_folder: Path | None) -> None:
         """Restores the newest state in a run folder that is whole, and says which; without one nothing is changed.
+
+        Processes beside the first one, which have no folder, get it from that one.
 
         Raises:
             UserError: It is that of another version or of another configuration.
         """
-        newest = newest_state(run_folder)
+        newest = self.world.from_first(None if run_folder is None else newest_state(run_folder))
         if newest is None:
             print("no state was saved: beginning at the first step")
             return
@@ -128,7 +134,9 @@ class Training:
         print(f"going on from {path}: {self.progression.step} steps, {self.progression.epoch} epochs are done")
 
 
-def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_epoch: int) -> Training:
+def prepare(
+    config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_epoch: int, world: World = ALONE
+) -> Training:
     """Returns a training of `model`, moved to the device, at its first step. `lr_min` and `lr_max` are numbers."""
     model = model.to(hardware.device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
     averaged = None if config.ema_decay is None else copy.deepcopy(model).requires_grad_(False)
@@ -138,6 +146,7 @@ def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_e
         config=config,
         hardware=hardware,
         model=model,
+        network=world.network(model),
         averaged=averaged,
         optimizer=build_optimizer(
             config, model, fused=hardware.autocast_dtype is not torch.float16, steps_per_epoch=steps_per_epoch
@@ -146,18 +155,30 @@ def prepare(config: RunConfig, hardware: Hardware, model: nn.Module, steps_per_e
         criterion=build_criterion(config, model),
         schedule=build_schedule(config, steps_per_epoch),
         progression=Progression(),
+        world=world,
     )
 
 
-def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def train_step(
+    training: Training, images: Tensor, labels: Tensor, batch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Makes one optimizer step on images (B, 3, H, W) float32 and labels (B,) int64, on the device.
 
+    Args:
+        training: Changed by the step.
+        images: The batch, or what this process takes of it.
+        labels: Those of the images.
+        batch_size: Images of the whole batch, if several processes share it.
+
     Returns:
-        The loss and the number of correct predictions before the step: float32 scalars still on the device.
+        The loss and the number of correct predictions before the step: float32 scalars still on the device. In a world
+        of several processes the batch's loss is the mean of theirs, and its correct predictions are the sum.
     """
+    factor = training.world.begin_step(batch_size or len(labels), training.config.seed, training.progression.step)
     with training.hardware.autocast():
-        logits = training.model(images)
-    loss = training.criterion(logits, labels)
+        logits = counted(training.network(images))
+    labels = counted(labels)
+    loss = training.criterion(logits, labels, factor)
     training.optimizer.zero_grad(set_to_none=True)
     training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if training.config.grad_clip is not None:
@@ -190,7 +211,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 class BatchRows:
     """Rows of batches whose loss and accuracy are still on the device, each with its own step."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._rows: list[dict[str, float]] = []
         self._values: list[Tensor] = []
         self._since = time.perf_counter()
@@ -205,14 +227,14 @@ class BatchRows:
         return len(self._rows) >= FLUSH_STEPS or time.perf_counter() - self._since >= FLUSH_SECONDS
 
     def flush(self, seconds_before: float) -> list[dict[str, float]]:
-        """Waits for the device and returns the rows in order, complete; then there are none.
+        """Waits for the device, and other processes, and returns the rows in order, complete; then there are none.
 
         `images_per_second` is that of all the flushed batches: no single batch is waited for, so none has its own.
         `seconds` counts from the run's start: `seconds_before` and the time since the last flush, evenly spread.
         """
         if not self._rows:
             return []
-        values = torch.stack(self._values).tolist()
+        values = self._world.summed(torch.stack(self._values)).tolist()
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         total_images = sum(row["images"] for row in self._rows)
@@ -222,7 +244,7 @@ class BatchRows:
             rows.append(
                 {
                     **row,
-                    "train/loss": loss,
+                    "train/loss": loss / self._world.size,
                     "train/accuracy": correct / images,
                     "images_per_second": total_images / elapsed,
                     "seconds": seconds_before + elapsed * number / len(self._rows),
@@ -292,12 +314,28 @@ class Journal:
         write_atomically(self.path, write)
 
 
+class SilentJournal(Journal):
+    """That of a process beside the one that writes: nothing comes of it."""
+
+    def __init__(self) -> None:
+        self.path, self.columns = Path(os.devnull), ()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def rows(self) -> Iterator[Row]:
+        return iter(())
+
+    def keep(self, key: str, numbers: range) -> None:
+        pass
+
+
 def fit(
     training: Training,
     train_loader: TrainLoader,
     watched_batches: Iterable[tuple[Tensor, Tensor]],
     watched: str,
-    folder: Path,
+    folder: Path | None,
     tracker: Tracker,
     stop_asked: Callable[[], bool],
     ends_early: Callable[[Mapping[str, Any]], bool] = lambda row: False,
@@ -309,7 +347,7 @@ def fit(
         train_loader: Batches of an epoch as a pure function of (seed, epoch, batch).
         watched_batches: The split that is evaluated after each epoch, every image once.
         watched: That split's name, val or test: the first part of its metrics' names.
-        folder: Where history.csv, epochs.csv, best.safetensors and the states go.
+        folder: Where history.csv, epochs.csv, best.safetensors and the states go; None in processes beside the first.
         tracker: Gets one row a batch and one row an epoch.
         stop_asked: Asked after every batch, also of an evaluation; if so, the state is saved and training ends.
         ends_early: Told each epoch's row; if it says yes, a sweep has seen enough, and training ends.
@@ -317,39 +355,43 @@ def fit(
     Returns:
         finished, diverged (a loss was not finite: the last logged one), interrupted or stopped (early, by a sweep).
     """
-    config, now = training.config, training.progression
-    history = Journal(folder / "history.csv", BATCH_COLUMNS)
-    epochs = Journal(folder / "epochs.csv", epoch_columns(watched))
+    config, now, world = training.config, training.progression, training.world
+    history, epochs = journals(folder, watched)
     history.keep("trainer/step", range(now.step))
     epochs.keep("epoch", range(1, now.epoch + 1))
     # Of these the tracker sends what a run that was killed had no time to send.
     for row in logged_rows(folder, watched):
         tracker.log(row)
     last_step = min(config.epochs * len(train_loader), config.max_steps or math.inf)
-    progress = Progress(config.epochs, len(train_loader))
+    progress = Progress(config.epochs, len(train_loader), bar=folder is not None)
+    saver: Saver = SilentSaver()
+    if folder is not None:
+        saver = Saver(folder, (history.path, epochs.path), training.tensors(), training.best)
 
-    with Saver(folder, (history.path, epochs.path), training.tensors(), training.best) as saver:
+    with saver:
         while not now.ended:
             progress.start_epoch(now.epoch + 1, now.batch)
             training.model.train()
-            rows = BatchRows()
+            rows = BatchRows(world)
             for images, labels in train_loader.epoch(now.epoch, now.batch) if now.step < last_step else ():
                 rates = training.schedule(now.step, now.losses)
-                set_rates(training.optimizer, rates.lr, rates.momentum, now.step)
-                loss, correct = train_step(training, *training.hardware.to_device(images, labels))
+                set_rates(training.optimizer, rates.lr, rates.momentum, now.step, freezes=world.size == 1)
+                batch_size = min(config.batch_size, train_loader.num_images - now.batch * config.batch_size)
+                loss, correct = train_step(training, *training.hardware.to_device(images, labels), batch_size)
                 row = {
                     "trainer/step": now.step,
                     "epoch": now.epoch + (now.batch + 1) / len(train_loader),
                     "lr": rates.lr,
                     "momentum": rates.momentum,
                 }
-                rows.add(row, len(labels), loss, correct)
+                rows.add(row, batch_size, loss, correct)
                 now.step += 1
                 now.batch += 1
                 ends = now.step == last_step or now.batch == len(train_loader)
-                stops = stop_asked()
-                saves = stops or save_is_due(config, now, saver)
-                if ends or saves or rows.due():
+                # What one process wishes all do, at the same batch.
+                stops, saves, flushes = world.agree(stop_asked(), save_is_due(config, now, saver), rows.due())
+                saves = stops or saves
+                if ends or saves or flushes:
                     flushed = rows.flush(now.seconds)
                     if log_batches(flushed, now, history, tracker, progress):
                         now.ended = "diverged"
@@ -364,8 +406,9 @@ def fit(
 
             if now.ended:  # the state of before is the last good one, and stays
                 break
-            evaluation = evaluate(training.evaluated, until(stop_asked, watched_batches), training.hardware)
-            if stop_asked():  # it may be of a part of the images: a resumed run evaluates again
+            world.share_buffers(training.evaluated)
+            evaluation = evaluate(training.evaluated, until(stop_asked, watched_batches), training.hardware, world)
+            if any(world.agree(stop_asked())):  # it may be of a part of the images: a resumed run evaluates again
                 saver.save(training.state())
                 return "interrupted"
             end_epoch(now, evaluation)
@@ -377,7 +420,9 @@ def fit(
                 metrics = {f"{watched}/accuracy": evaluation.accuracy, "epoch": now.epoch, "step": now.step}
                 saver.keep_best(training.evaluated.state_dict(), {**training.facts, **metrics})
             now.batch, now.epoch_loss, now.epoch_correct, now.epoch_images, now.epoch_seconds = 0, 0.0, 0.0, 0, 0.0
-            early = ends_early(row)  # told before the epoch counts as done: if this process dies, it is told again
+            (early,) = world.agree(
+                ends_early(row)
+            )  # told before the epoch counts as done: if this process dies, it is told again
             if not math.isfinite(evaluation.loss):
                 now.ended = "diverged"
             elif now.epoch == config.epochs or now.step >= last_step:
@@ -402,12 +447,16 @@ def until(stop_asked: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[
     return itertools.takewhile(lambda batch: not stop_asked(), batches)
 
 
-def logged_rows(folder: Path, watched: str) -> Iterator[Row]:
+def journals(folder: Path | None, watched: str) -> tuple[Journal, Journal]:
+    """Returns the journals of a run folder, of its batches and of its epochs; silent ones of none."""
+    if folder is None:
+        return SilentJournal(), SilentJournal()
+    return Journal(folder / "history.csv", BATCH_COLUMNS), Journal(folder / "epochs.csv", epoch_columns(watched))
+
+
+def logged_rows(folder: Path | None, watched: str) -> Iterator[Row]:
     """Yields the rows of a run folder's batches and epochs as they were logged: an epoch's after its last batch."""
-    history, epochs = (
-        Journal(folder / "history.csv", BATCH_COLUMNS),
-        Journal(folder / "epochs.csv", epoch_columns(watched)),
-    )
+    history, epochs = journals(folder, watched)
     return heapq.merge(history.rows(), epochs.rows(), key=lambda row: row["trainer/step"])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eva.config import RunConfig, UserError
+from eva.distributed import ALONE, World, counted
 from eva.hardware import Hardware, preserved_random_state
 from eva.loaders import TrainLoader
 from eva.optim import build_criterion, build_optimizer
@@ -58,12 +59,15 @@ class _Diverged(Exception):
     pass
 
 
-def record_curve(config: RunConfig, hardware: Hardware, model: nn.Module, loader: TrainLoader) -> LrCurve:
+def record_curve(
+    config: RunConfig, hardware: Hardware, model: nn.Module, loader: TrainLoader, world: World = ALONE
+) -> LrCurve:
     """Runs torch-lr-finder's exponential range test over the recipe's own batches, precision, loss and optimizer.
 
     The test (Smith 2017, arXiv 1506.01186) trains a copy of the model, so that the model, its batch norm statistics
     and its gradients stay as they are; the random generators are given back as they were. The loader begins at its
-    first epoch, so that another test gives the same curve. A loss that has diverged is the last one.
+    first epoch, so that another test gives the same curve. A loss that has diverged is the last one. Several processes
+    test together, each on its share of the batches, and all get the same curve.
 
     Raises:
         UserError: There are too few steps for a curve.
@@ -82,18 +86,26 @@ def record_curve(config: RunConfig, hardware: Hardware, model: nn.Module, loader
         training_loss = build_criterion(config, trial)
         lrs: list[float] = []
         losses: list[float] = []
+        factor: float | None = None
+
+        def begin_step(*_: object) -> None:
+            nonlocal factor
+            first = len(losses) % len(loader) * config.batch_size
+            factor = world.begin_step(min(config.batch_size, loader.num_images - first), config.seed, len(losses))
 
         def criterion(logits: Tensor, labels: Tensor) -> Tensor:
             # Recorded here, as the finder's own stop compares with the best loss: one near zero would end the test.
-            loss = training_loss(logits, labels)
+            loss = training_loss(counted(logits), counted(labels), factor)
             lrs.append(optimizer.param_groups[0]["lr"])
-            losses.append(loss.item())
+            losses.append(world.summed(loss.detach().clone()).item() / world.size)
             if not losses[-1] <= DIVERGED * losses[0]:
                 raise _Diverged
             return loss
 
+        network = world.network(trial)
+        network.register_forward_pre_hook(begin_step)
         finder = LRFinder(
-            trial,
+            network,
             optimizer,
             criterion,
             device=hardware.device,

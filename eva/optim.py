@@ -73,18 +73,21 @@ def _is_frozen(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, step: int = 0) -> None:
+def set_rates(
+    optimizer: torch.optim.Optimizer, lr: float, momentum: float, step: int = 0, freezes: bool = True
+) -> None:
     """Sets the learning rate and the momentum (Adam's beta 1) of all parameter groups for a step.
 
     A group with an `lr_ratio` has that multiple of the rate, one with `own_momentum` keeps its momentum. The rate of
     one with `steps` falls linearly to zero within so many, whatever the others do; then its parameters are frozen,
-    so that no gradient is computed for them any more.
+    so that no gradient is computed for them any more, unless `freezes` is false: DistributedDataParallel waits for the
+    gradients of all parameters that it began with.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
         if "steps" in group:
             group["lr"] = group["initial_lr"] * max(0.0, 1 - step / group["steps"])
-            if group["lr"] == 0:
+            if freezes and group["lr"] == 0:
                 for parameter in group["params"]:
                     parameter.requires_grad_(False).grad = None
         if "betas" in group:
@@ -169,18 +172,22 @@ def _orthogonal(filters: list[Tensor]) -> list[Tensor]:
     return results
 
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[..., Tensor]
 
 
 def build_criterion(config: RunConfig, model: nn.Module) -> Criterion:
     """Returns the training loss: mean cross-entropy with label smoothing, plus `l1` times the sum of |weights|.
 
-    It takes logits (B, K), of any float type, and labels (B,) int64, and returns a float32 scalar.
+    It takes logits (B, K), of any float type, labels (B,) int64, and, where these are a share of a batch, what their
+    summed cross-entropy is multiplied by instead of being their mean; it returns a float32 scalar.
     """
     decayed, _ = decayed_parameters(model, config.decay_norm_and_bias)
 
-    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    def criterion(logits: Tensor, labels: Tensor, factor: float | None = None) -> Tensor:
+        reduction = "mean" if factor is None else "sum"
+        loss = F.cross_entropy(logits.float(), labels, reduction=reduction, label_smoothing=config.label_smoothing)
+        if factor is not None:
+            loss = loss * factor
         if config.l1 > 0:
             loss = loss + config.l1 * torch.stack([parameter.abs().sum() for parameter in decayed]).sum()
         return loss

@@ -15,9 +15,10 @@ LINE_SECONDS = 30.0
 class Progress:
     """The bar of an epoch (epoch, loss, batch, running accuracy in percent, batches a second), then its result."""
 
-    def __init__(self, epochs: int, batches: int) -> None:
+    def __init__(self, epochs: int, batches: int, bar: bool = True) -> None:
+        """Takes how much there is to come, and whether a terminal is to show a bar."""
         self._epochs, self._batches = epochs, batches
-        self._interactive = sys.stderr.isatty()
+        self._interactive = bar and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
 
     def start_epoch(self, epoch: int, batch: int) -> None:

@@ -110,6 +110,7 @@ def valid_settings(draw: st.DrawFn) -> dict[str, Any]:
         "find_lr_start": st.just(find_lr_start),
         "find_lr_end": number(find_lr_start * 2, 100),
         "find_lr_steps": count(5),
+        "sync_batchnorm": st.booleans(),
         "evaluate": st.booleans(),
         "split": st.just(split),
         "tta": st.sampled_from(["none", "flip", "flip_shift"]),
