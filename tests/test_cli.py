@@ -229,6 +229,7 @@ def test_list_shows_parameters_batch_epochs_schedule_and_accuracy(capsys: pytest
         "resnet18-onecycle": [resnet18, "64", "20", "cosine_onecycle", "92.11", "%"],
         "resnet18-layernorm": [resnet18, "128", "40", "plateau", "89.40", "%"],
         "resnet9-onecycle": ["6,573,120", "512", "24", "onecycle", "90.00", "%"],
+        "speedrun": ["1,971,640", "2000", "8", "onecycle", "94.00", "%"],
     }
 
 

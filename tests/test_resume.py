@@ -61,6 +61,11 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
         **{"model": "resnet9", "norm": "layer", "optimizer": "adamw", "schedule": "cosine", "max_steps": 6},
         **{"lr_max": 1e-3, "lr_min": 1e-5, "policy": "crop_cutout_rotate"},
     },
+    # The bias of the first layer is frozen after two steps.
+    "Muon, whitened first layer": {
+        **{"model": "speednet", "init": "whitened", "optimizer": "muon", "policy": "speedrun", "max_steps": 6},
+        **{"peak_epoch": 0, "linear_lr": 1.0, "bias_lr": 1.0, "first_bias_epochs": 0.5},
+    },
     "instance norm, constant": {
         **{"model": "resnet9", "norm": "instance", "schedule": "constant", "max_steps": 6, "policy": "flip_cutout"},
     },

@@ -118,7 +118,7 @@ PARAMETERS = {
         "lr_min: {min: 0.001, max: 0.2} #!\nlr_max: {min: 0.1, max: 1.0}",
         ["lr_min must not be above lr_max", "lr_min=0.2", "lr_max=0.1", "(see line 7)"],
     ),
-    "against a default": ("epochs: {values: [4, 8]} #!", ["peak_epoch must lie", "epochs=4", "peak_epoch not among"]),
+    "against a default": ("epochs: {values: [4, 8]} #!", ["peak_epoch must be in", "epochs=4", "peak_epoch not among"]),
     "only two out of order": (
         "epochs: {values: [4, 20]} #!\npeak_epoch: {values: [2, 8]}",
         ["peak_epoch must be in [0, epochs)", "peak_epoch=8.0, epochs=4", "(see line 7)"],
@@ -292,7 +292,7 @@ def test_a_broken_rule_is_not_blamed_on_others() -> None:
         "epochs: {value: 30}\npeak_epoch: {value: 40}",
         early_terminate="{type: hyperband, min_iter: 25, eta: 2, strict: true}",
     )
-    assert ["peak_epoch must lie" in problem.text for problem in problems(read_sweep(path))] == [True]
+    assert ["peak_epoch must be in" in problem.text for problem in problems(read_sweep(path))] == [True]
 
 
 RIGHT = """\
