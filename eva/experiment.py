@@ -189,7 +189,8 @@ def build(config: RunConfig, world: World = ALONE) -> Parts:
     hardware.seed_everything(config.seed, config.deterministic)
     # Slices of the batch go round the processes: as many as there are in all, if that comes out even.
     model = build_model(replace(config, ghost_splits=max(1, config.ghost_splits // world.size)), num_classes)
-    initialize(model, config.init, normalized_images(train, plain))
+    if config.init != "default":  # or every trial would wait for images that nobody looks at
+        initialize(model, config.init, normalized_images(train, plain))
     if config.sync_batchnorm and world.size > 1:
         synchronize(model)
     return Parts(
